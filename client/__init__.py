@@ -1,0 +1,1 @@
+"""Joins a federation: jobs, data and training."""

@@ -1,0 +1,319 @@
+"""`federation.yaml`: what a federation is made of, validated before anything starts.
+
+Small classes, one for each part; the documentation of a field stands beside it. An unknown key is refused with the nearest
+valid one, a wrong value with its path, and cross-field mistakes with a sentence.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+
+from seedbed.common.errors import ConfigError, nearest
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Candidate = Literal["base", "seed", "experts", "average", "compressed", "factor_mean", "unseeded", "joint"]
+CANDIDATES: tuple[str, ...] = get_args(Candidate)
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class BaseModelConfig(Section):
+    """The frozen model that every participant holds."""
+
+    model: str = "embedded"
+    """`embedded`, `smollm2`, a directory, or a model id of the hub."""
+    revision: str | None = None
+    """Commit or tag, for a model of the hub."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen weights; `auto` is bfloat16 on a GPU and float32 on a CPU. Adapters train in float32."""
+
+
+class LoraSettings(Section):
+    """Shape of every adapter that the federation trains."""
+
+    rank: PositiveInt = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """`all-linear` (every linear layer but the head), or endings of module names, such as [q_proj, v_proj]."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class DeepSpeedSettings(Section):
+    """How DeepSpeed spreads a training job; used by `engine: deepspeed`."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    """Stage 3 only."""
+    processes: PositiveInt | Literal["auto"] = "auto"
+    """Ranks on this machine; `auto` is one for each GPU, one on a CPU."""
+    hostfile: Path | None = None
+    """DeepSpeed hostfile, for a client of several machines."""
+
+    @model_validator(mode="after")
+    def _parameters_need_stage_3(self) -> DeepSpeedSettings:
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f"offload_parameters needs zero_stage 3, got {self.zero_stage}")
+        return self
+
+
+class TrainingSettings(Section):
+    """One training job on one client. `steps` are optimizer steps; a step sees `batch_size` examples."""
+
+    engine: Literal["auto", "deepspeed", "torch"] = "auto"
+    """`auto` is deepspeed where there is a GPU and torch on a CPU."""
+    steps: PositiveInt = 100
+    batch_size: PositiveInt = 8
+    """Examples in one optimizer step, over all ranks and accumulation steps."""
+    accumulation: PositiveInt = 1
+    """Forward passes that one optimizer step is split into."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 5
+    """Linear rise to the learning rate; then it falls linearly to zero at the last step."""
+    weight_decay: NonNegative = 0.0
+    clip_norm: NonNegative = 1.0
+    """Largest norm of the whole gradient; 0 does not clip."""
+    max_tokens: PositiveInt = 256
+    """An example longer than this loses the beginning of its prompt."""
+    log_every: PositiveInt = 5
+    deepspeed: DeepSpeedSettings = DeepSpeedSettings()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> TrainingSettings:
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        return self
+
+
+class SeedSettings(Section):
+    """How the shared seed adapter comes about."""
+
+    mode: Literal["federated", "public", "given", "none"] = "federated"
+    """`federated`: every client trains on a small fraction of its own data from one initialization, factors are averaged,
+    `rounds` times. `public`: one client trains on the sample `data`. `given`: the adapter in `adapter`. `none`: no seed;
+    every expert starts from the same untrained initialization."""
+    fraction: Fraction = 0.1
+    """Share of each client's training data that the seed may see."""
+    rounds: PositiveInt = 1
+    steps: PositiveInt = 20
+    """Optimizer steps of a client in one round (or of the one client, for `public`)."""
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    """Instead of the training's own."""
+    data: Path | None = None
+    adapter: Path | None = None
+
+    @model_validator(mode="after")
+    def _sources(self) -> SeedSettings:
+        if self.mode == "public" and self.data is None:
+            raise ValueError("seed mode 'public' needs seed.data, a file of examples")
+        if self.mode == "given" and self.adapter is None:
+            raise ValueError("seed mode 'given' needs seed.adapter, a PEFT directory")
+        return self
+
+    @property
+    def local_steps(self) -> int:
+        """Optimizer steps of one client towards the seed; 0 where no client trains for it on its own task."""
+        return self.rounds * self.steps if self.mode == "federated" else 0
+
+
+class TaskSettings(Section):
+    """Which tasks there are, and where their examples lie."""
+
+    data: Path | None = None
+    """Directory with NAME.train.jsonl (or .parquet, .csv) and NAME.test.jsonl; none for the embedded tasks."""
+    experts: tuple[str, ...] = ()
+    """Held-in tasks: one client each, trained and evaluated."""
+    held_out: tuple[str, ...] = ()
+    """Zero-shot tasks: evaluated only."""
+    prompt: str = "Q: {prompt}\nA:"
+    """What the model reads before it answers; `{prompt}` and `{instruction}` are the example's own."""
+    train_limit: PositiveInt | None = None
+    """Use at most so many training examples of a task."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> TaskSettings:
+        both = sorted(set(self.experts) & set(self.held_out))
+        if both:
+            raise ValueError(f"task {both[0]} is both an expert's and held out")
+        for name in (*self.experts, *self.held_out):
+            if (*self.experts, *self.held_out).count(name) > 1:
+                raise ValueError(f"task {name} is named twice")
+        if "{prompt}" not in self.prompt:
+            raise ValueError("tasks.prompt must contain {prompt}")
+        return self
+
+
+class CombineSettings(Section):
+    """Which candidates are made and compared."""
+
+    candidates: tuple[Candidate, ...] = ("base", "seed", "experts", "average", "compressed", "unseeded", "joint")
+    """`base` no adapter; `seed` the seed alone; `experts` every expert alone; `average` the exact mean of the experts' outputs;
+    `compressed` the same cut to `rank`; `factor_mean` A and B averaged apart; `unseeded` the exact mean of experts that never
+    saw the seed but trained as many steps; `joint` one adapter trained on all tasks at once, in as many steps in all."""
+    rank: PositiveInt | None = None
+    """Rank of `compressed`; none means the rank that the experts have."""
+
+    @model_validator(mode="after")
+    def _no_duplicates(self) -> CombineSettings:
+        if len(set(self.candidates)) != len(self.candidates):
+            raise ValueError("combine.candidates names a candidate twice")
+        if not self.candidates:
+            raise ValueError("combine.candidates is empty")
+        return self
+
+
+class EvaluationSettings(Section):
+    """How candidates are measured."""
+
+    limit: PositiveInt | None = None
+    """Score at most so many examples of a task (the first of its test file)."""
+    expert_tasks: Literal["all", "own"] = "all"
+    """Whether an expert alone is measured on every task or only on its own."""
+    batch_tokens: PositiveInt = 8192
+    """Bound on the tokens of one forward pass."""
+    extra: tuple[str, ...] = ()
+    """Further lm-eval tasks by name, scored as held out; they need a hub."""
+
+
+class StageSettings(Section):
+    """When a stage is over."""
+
+    deadline: Annotated[float, Field(gt=0)] = 3600.0
+    """Seconds to wait for the participants of one stage."""
+    quorum: Fraction = 0.75
+    """Share of the asked participants whose results are needed to go on."""
+
+
+class RunSettings(Section):
+    """Where and how jobs run on this machine."""
+
+    workers: PositiveInt | Literal["auto"] = "auto"
+    """Clients that work at the same time in a simulation; `auto` is one for each core, or each GPU."""
+    random_seed: Annotated[int, Field(ge=0)] = 0
+    norm_bound: Annotated[float, Field(gt=0)] = 1e4
+    """Largest Frobenius norm that the update of one module may have."""
+
+
+class FederationConfig(Section):
+    """A whole federation."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")] = "federation"
+    base: BaseModelConfig = BaseModelConfig()
+    tasks: TaskSettings = TaskSettings()
+    lora: LoraSettings = LoraSettings()
+    seed: SeedSettings = SeedSettings()
+    training: TrainingSettings = TrainingSettings()
+    combine: CombineSettings = CombineSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    stages: StageSettings = StageSettings()
+    run: RunSettings = RunSettings()
+
+    @model_validator(mode="after")
+    def _whole(self) -> FederationConfig:
+        if not self.tasks.experts:
+            raise ValueError("tasks.experts is empty: a federation needs at least one expert task")
+        if self.seed.mode == "none" and "seed" in self.combine.candidates:
+            raise ValueError("candidate 'seed' needs a seed, but seed.mode is 'none'")
+        return self
+
+
+def preset_names() -> list[str]:
+    """Names of the configurations that come with the package."""
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in resources.files("seedbed.common").joinpath("presets").iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def load_config(source: str, overrides: Iterable[str] = ()) -> FederationConfig:
+    """Read a preset or a YAML file and apply ``key.path=value`` overrides.
+
+    Args:
+        source: name of a preset, or path of a file.
+        overrides: each ``key.path=value``, the value in YAML.
+
+    Raises:
+        ConfigError: if the source is missing, is not YAML, or holds an unknown key or a wrong value.
+    """
+    return parse_config(_read(source), overrides, source)
+
+
+def parse_config(values: Mapping[str, Any], overrides: Iterable[str] = (), source: str = "config") -> FederationConfig:
+    """Validate a mapping with overrides on top; see `load_config`."""
+    merged = copy.deepcopy(dict(values))
+    for override in overrides:
+        _assign(merged, override)
+    _refuse_unknown(merged, FederationConfig, "", source)
+    try:
+        return FederationConfig.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
+        where = f"{source}: {path}: " if path else f"{source}: "
+        raise ConfigError(f"{where}{reason}{got}", "Mend the file, or the --set option, and start again.") from None
+
+
+def dump_config(config: FederationConfig) -> str:
+    """The configuration as YAML that `load_config` reads back to an equal value."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read(source: str) -> dict[str, Any]:
+    names = preset_names()
+    if source in names:
+        text = resources.files("seedbed.common").joinpath("presets", f"{source}.yaml").read_text(encoding="utf-8")
+    elif Path(source).is_file():
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{source} cannot be read: {error}", "Name a YAML file in UTF-8.") from None
+    else:
+        raise ConfigError(f"there is no preset and no file named '{source}'", nearest(source, names))
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        raise ConfigError(f"{source} is not valid YAML, line {line}", "Mend that line.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{source} does not hold a mapping of settings", "See the presets for an example.")
+    return values
+
+
+def _assign(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r} is not of the form key.path=value", "Example: --set training.steps=50")
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {key}: {parent} is not a section", "Give the path of a single setting.")
+        values = child
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {key}: {text!r} is not valid YAML", "Quote the value.") from None
+
+
+def _refuse_unknown(values: Mapping[str, Any], section: type[BaseModel], path: str, source: str) -> None:
+    for key, value in values.items():
+        field = section.model_fields.get(key)
+        if field is None:
+            raise ConfigError(f"{source}: unknown key '{path}{key}'", nearest(key, section.model_fields))
+        if isinstance(value, Mapping) and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            _refuse_unknown(value, field.annotation, f"{path}{key}.", source)

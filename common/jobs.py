@@ -1,0 +1,91 @@
+"""The messages of a federation as values: what a coordinator asks, what a participant answers.
+
+Tensors are never in here, only digests: they travel through the adapter store (a claim check), so messages stay small
+whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from seedbed.common.config import BaseModelConfig, LoraSettings, TrainingSettings
+from seedbed.common.manifest import BaseIdentity, Manifest, Record, recipe_hash
+
+
+class DataSource(Record):
+    """Training examples of one task on a participant's own disk, or a data set of the hub."""
+
+    task: str
+    location: str
+    """Path of a .jsonl, .parquet or .csv file, or the id of a data set of the hub."""
+    prompt: str = "Q: {prompt}\nA:"
+    fraction: float = 1.0
+    """Share of the examples to use, drawn with the job's random seed."""
+    limit: int | None = None
+
+
+class Node(Record):
+    """A participant: who it is and what it brings. Its data never leaves it; only `tasks` (names) are told."""
+
+    name: str
+    base: BaseModelConfig
+    store: Path
+    """Root of the adapter store (a directory)."""
+    work: Path
+    """Scratch directory of this participant, for running jobs and their logs."""
+    data: tuple[DataSource, ...] = ()
+    threads: int = 0
+    """CPU threads of a training process; 0 leaves it to torch."""
+
+
+class Hello(Record):
+    """What a participant says of itself before it gets work."""
+
+    node: str
+    version: str
+    base: BaseIdentity
+    tasks: tuple[str, ...]
+    devices: tuple[str, ...]
+    platform: dict[str, str] = {}
+
+
+class Job(Record):
+    """One training job. Equal jobs have equal recipes, and a recipe is trained once."""
+
+    kind: Literal["seed", "expert", "joint"]
+    name: str
+    """Readable and unique in its federation, such as `expert:addition`."""
+    base: BaseIdentity
+    tasks: tuple[str, ...]
+    """Tasks whose data the job trains on."""
+    fraction: float = 1.0
+    parent: str | None = None
+    """Digest of the adapter to start from; none starts from a fresh one, drawn with `init_seed`, with B = 0."""
+    lora: LoraSettings
+    training: TrainingSettings
+    init_seed: int = 0
+    data_seed: int = 0
+
+    @property
+    def recipe(self) -> str:
+        """Hash of everything that determines the trained adapter."""
+        return recipe_hash(self.model_dump(mode="json", exclude={"name"}))
+
+
+class JobResult(Record):
+    """The answer to a job: the digest of what lies in the store, or why there is nothing."""
+
+    node: str
+    name: str
+    recipe: str
+    digest: str = ""
+    manifest: Manifest | None = None
+    seconds: float = 0.0
+    cached: bool = False
+    """The store already held this recipe, nothing was trained."""
+    error: str = ""
+    hint: str = ""
+    detail: dict[str, Any] = Field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Runs a federation: stages, merging, evaluation and the command line."""
