@@ -37,6 +37,8 @@ class Node(Record):
     work: Path
     """Scratch directory of this participant, for running jobs and their logs."""
     data: tuple[DataSource, ...] = ()
+    pooled: bool = False
+    """It holds the data of all tasks, as only a simulation can, and does the jobs that need them."""
     threads: int = 0
     """CPU threads of a training process; 0 leaves it to torch."""
 
@@ -48,6 +50,7 @@ class Hello(Record):
     version: str
     base: BaseIdentity
     tasks: tuple[str, ...]
+    pooled: bool = False
     devices: tuple[str, ...]
     platform: dict[str, str] = {}
 
@@ -61,7 +64,12 @@ class Job(Record):
     base: BaseIdentity
     tasks: tuple[str, ...]
     """Tasks whose data the job trains on."""
+    prompt: str = "Q: {prompt}\nA:"
+    """What stands before a completion."""
+    limit: int | None = None
+    """Use at most so many examples of a task."""
     fraction: float = 1.0
+    """Share of the examples to use, drawn with `data_seed`."""
     parent: str | None = None
     """Digest of the adapter to start from; none starts from a fresh one, drawn with `init_seed`, with B = 0."""
     lora: LoraSettings

@@ -1,0 +1,72 @@
+"""The Flower ClientApp: it unpacks a message, does the job, and packs the answer. Work is done in `client.jobs`.
+
+Jobs: `hello` (who are you), `seed` and `expert` (train), `joint` (train on several tasks; only where one participant holds
+them all).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import yaml
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from seedbed.client.jobs import introduce, perform
+from seedbed.common.errors import ConfigError
+from seedbed.common.jobs import Job, Node
+from seedbed.common.manifest import Record
+from seedbed.common.wire import RECORD, pack, unpack
+
+NODES_VARIABLE = "SEEDBED_NODES"
+"""Environment variable of a simulation: the directory with one node file for each partition."""
+
+app = ClientApp()
+
+
+@app.query("hello")
+def hello(message: Message, context: Context) -> Message:
+    return _reply(message, introduce(_node(context)))
+
+
+@app.train("seed")
+def seed(message: Message, context: Context) -> Message:
+    return _work(message, context)
+
+
+@app.train("expert")
+def expert(message: Message, context: Context) -> Message:
+    return _work(message, context)
+
+
+@app.train("joint")
+def joint(message: Message, context: Context) -> Message:
+    return _work(message, context)
+
+
+def _work(message: Message, context: Context) -> Message:
+    job = unpack(Job, message.content.config_records.get(RECORD))
+    return _reply(message, perform(job, _node(context)))
+
+
+def _reply(message: Message, value: Record) -> Message:
+    return Message(RecordDict({RECORD: ConfigRecord(pack(value))}), reply_to=message)
+
+
+def _node(context: Context) -> Node:
+    """Who this participant is: its own node file, or in a simulation the file of its partition."""
+    own = context.node_config.get("seedbed-node")
+    if own is not None:
+        path = Path(str(own))
+    elif NODES_VARIABLE in os.environ:
+        path = Path(os.environ[NODES_VARIABLE]) / f"{context.node_config['partition-id']}.yaml"
+    else:
+        raise ConfigError(
+            "this participant does not know its node file",
+            'Start the SuperNode with --node-config \'seedbed-node="FILE.yaml"\'.',
+        )
+    try:
+        return Node.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"node file {path} cannot be used: {error}", "Mend the file.") from None

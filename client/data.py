@@ -1,0 +1,190 @@
+"""From examples to padded batches of tokens, the same ones whenever the data and the random seed are the same.
+
+What the loss sees: the completion and a closing end-of-text token where there is a prompt, every token where there is only
+text. The closing token teaches the model where an answer ends; without it a tuned model would ramble in generation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from seedbed.common.datafiles import read_examples
+from seedbed.common.errors import DataError
+from seedbed.common.examples import Example
+from seedbed.common.jobs import DataSource
+
+IGNORED = -100
+"""Label of a token that the loss does not see, as in transformers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """One example as token ids, of which those from `start` on are to be predicted."""
+
+    ids: tuple[int, ...]
+    start: int
+
+    @property
+    def targets(self) -> int:
+        """Number of tokens in the loss."""
+        return len(self.ids) - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Examples padded on the right to the longest of them; `labels` are `input_ids` or `IGNORED`."""
+
+    input_ids: Int[Tensor, "examples tokens"]
+    attention_mask: Int[Tensor, "examples tokens"]
+    labels: Int[Tensor, "examples tokens"]
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+
+def select(source: DataSource, seed: int) -> list[Example]:
+    """Read a source and keep its share: the first `limit` examples, and of those a random `fraction`, at least one.
+
+    A smaller fraction with the same seed is a subset of a larger one.
+
+    Raises:
+        DataError: if the source cannot be read.
+    """
+    examples = read_examples(source.location)[: source.limit]
+    if source.fraction >= 1:
+        return examples
+    order = list(range(len(examples)))
+    random.Random(f"fraction:{seed}:{source.task}").shuffle(order)
+    kept = sorted(order[: max(1, round(source.fraction * len(examples)))])
+    return [examples[index] for index in kept]
+
+
+def digest_of(source: DataSource) -> str:
+    """SHA-256 of what a source contributes to training: its examples, prompt template, fraction and limit."""
+    total = hashlib.sha256(json.dumps([source.task, source.prompt, source.fraction, source.limit]).encode())
+    for example in read_examples(source.location):
+        total.update(json.dumps([example.instruction, example.prompt, example.choices, example.label]).encode())
+    return total.hexdigest()
+
+
+def schedule(sizes: Sequence[int], count: int, seed: int) -> list[tuple[int, int]]:
+    """Decide which example fills each of `count` places: ``(task, index)`` pairs.
+
+    Every task gets an equal share of the places, whatever its size: round after round, all tasks in a random order. Within
+    a task the examples come in epochs, each a new shuffle.
+
+    Args:
+        sizes: number of examples of each task.
+    """
+    rng = random.Random(f"schedule:{seed}")
+    streams: list[list[int]] = [[] for _ in sizes]
+    places: list[tuple[int, int]] = []
+    while len(places) < count:
+        for task in rng.sample(range(len(sizes)), len(sizes)):
+            if not streams[task]:
+                streams[task] = rng.sample(range(sizes[task]), sizes[task])
+            places.append((task, streams[task].pop()))
+    return places[:count]
+
+
+def encode(example: Example, tokenizer: Any, template: str, max_tokens: int) -> Tokens:
+    """Tokenise prompt and completion together and find where the completion begins, as lm-eval does.
+
+    A prompt that is too long loses its beginning; a text that is too long loses its end.
+
+    Raises:
+        DataError: if the completion alone, with one token before it, is longer than `max_tokens`.
+    """
+    context = example.context(template)
+    if not context:
+        return _encode_text(example.completion, tokenizer, max_tokens)
+    bare = context.rstrip()  # tokenizers attach white space to the next word
+    whole = bare + context[len(bare) :] + example.continuation(example.completion)
+    before = len(tokenizer(bare)["input_ids"])
+    ids = [*tokenizer(whole)["input_ids"], *_end(tokenizer)]
+    excess = max(0, len(ids) - max_tokens)
+    if excess >= before:
+        raise DataError(
+            f"the completion {example.completion[:40]!r} has {len(ids) - before} tokens and leaves no room for a prompt "
+            f"in training.max_tokens = {max_tokens}",
+            f"Raise training.max_tokens to {len(ids)} or more.",
+        )
+    return Tokens(tuple(ids[excess:]), before - excess)
+
+
+def _encode_text(text: str, tokenizer: Any, max_tokens: int) -> Tokens:
+    """Text after a beginning-of-text token (or, where there is none, an end-of-text token): all of it is predicted."""
+    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], *_end(tokenizer)]
+    opening = [] if prefix is None or ids[0] == prefix else [prefix]
+    return Tokens(tuple([*opening, *ids][:max_tokens]), 1)
+
+
+def _end(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def collate(rows: Sequence[Tokens], pad: int) -> Batch:
+    """Pad rows to the longest of them."""
+    width = max(len(row.ids) for row in rows)
+    ids = torch.full((len(rows), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    labels = torch.full_like(ids, IGNORED)
+    for index, row in enumerate(rows):
+        ids[index, : len(row.ids)] = torch.tensor(row.ids)
+        mask[index, : len(row.ids)] = 1
+        labels[index, row.start : len(row.ids)] = torch.tensor(row.ids[row.start :])
+    return Batch(ids, mask, labels)
+
+
+def split(rows: Sequence[Tokens], parts: int) -> list[list[Tokens]]:
+    """Cut the examples of one optimizer step into `parts` of nearly equal number, examples of like length together.
+
+    The loss of a step does not depend on the cut, padding does.
+    """
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    bounds = [len(ordered) * part // parts for part in range(parts + 1)]
+    return [ordered[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+
+
+class Steps(Sequence[list[Tokens]]):
+    """The examples of every optimizer step of a job, as tokens.
+
+    Only examples that are drawn are tokenised, all of them before training starts, so that a bad one is found early.
+
+    Raises:
+        DataError: if a source cannot be read or an example does not fit.
+    """
+
+    def __init__(
+        self, sources: Sequence[DataSource], tokenizer: Any, *, steps: int, batch_size: int, max_tokens: int, seed: int
+    ) -> None:
+        if not sources:
+            raise DataError("the job has no data", "Name at least one task with training examples.")
+        tasks = [select(source, seed) for source in sources]
+        places = schedule([len(task) for task in tasks], steps * batch_size, seed)
+        encoded = {
+            place: encode(tasks[place[0]][place[1]], tokenizer, sources[place[0]].prompt, max_tokens)
+            for place in dict.fromkeys(places)
+        }
+        self.examples = len(encoded)
+        """Number of different examples that are trained on."""
+        self._rows = [encoded[place] for place in places]
+        self._size = batch_size
+
+    def __len__(self) -> int:
+        return len(self._rows) // self._size
+
+    def __getitem__(self, step: Any) -> Any:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        return self._rows[step * self._size : (step + 1) * self._size]

@@ -1,0 +1,206 @@
+"""Reading of PEFT directories that may come from anyone: checked before anything is computed, one module at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, KeysView
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from seedbed.common.adapter import LoraFactors
+from seedbed.common.checks import require_finite
+from seedbed.common.errors import AdapterFormatError, AdapterMismatchError
+from seedbed.common.files import storing
+from seedbed.common.manifest import BaseIdentity, Manifest
+from seedbed.common.peft_config import PeftConfig, parse_peft_config
+from seedbed.common.tensor_file import TensorFile
+
+TENSORS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "seedbed.json"
+FILES = (TENSORS, CONFIG, MANIFEST)
+PREFIX = "base_model.model."
+_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(\.(?!weight$)[^.]+)?\.weight$")
+_JSON_LIMIT = 20_000_000
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+class AdapterFile:
+    """An adapter on disk, checked and open, whose modules are read one at a time.
+
+    Args:
+        directory: a PEFT directory, with or without ``seedbed.json``; if that is there, its hashes are verified.
+        max_bytes: refuse a larger tensor file before reading it.
+
+    Attributes:
+        config: the contents of ``adapter_config.json``.
+        manifest: that of the directory, or one of kind `external` made from what was found.
+
+    Raises:
+        AdapterFormatError: if the directory, a file or a tensor is missing, malformed, misshapen, or not plain LoRA.
+        AdapterMismatchError: if the files are not those that the manifest vouches for.
+        StorageError: if a file cannot be read.
+    """
+
+    def __init__(self, directory: Path, *, max_bytes: int | None = None) -> None:
+        self.directory = directory
+        _require_files(directory)
+        self.config = _read_json(directory / CONFIG)
+        self._peft: PeftConfig = parse_peft_config(self.config, str(directory / CONFIG))
+        self._tensors = TensorFile(directory / TENSORS, max_bytes=max_bytes)
+        self._keys = _pair_keys(self._tensors)
+        for module in self._keys:
+            self._check_shapes(module)
+        self.manifest = self._manifest()
+
+    @property
+    def names(self) -> KeysView[str]:
+        """Names of the adapted modules, sorted."""
+        return self._keys.keys()
+
+    def rank(self, module: str) -> int:
+        return self._tensors.shape(self._keys[module]["A"])[0]
+
+    def shape(self, module: str) -> tuple[int, int]:
+        """``(out, in)`` of the module."""
+        return self._tensors.shape(self._keys[module]["B"])[0], self._tensors.shape(self._keys[module]["A"])[1]
+
+    def factors(self, module: str) -> LoraFactors:
+        """One module's factors, as views of the file.
+
+        Raises:
+            NonFiniteError: if they hold NaN or infinity.
+        """
+        A, B = (self._tensors.tensor(self._keys[module][factor]) for factor in "AB")
+        dtype = torch.promote_types(A.dtype, B.dtype)
+        factors = LoraFactors(A.to(dtype), B.to(dtype), self._peft.scaling_of(module))
+        require_finite(module, factors)
+        return factors
+
+    def _check_shapes(self, module: str) -> None:
+        a, b = (self._tensors.shape(self._keys[module][factor]) for factor in "AB")
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not all((*a, *b)):
+            raise AdapterFormatError(
+                f"{self.directory}: module {module}: expected lora_A [r, in] and lora_B [out, r], "
+                f"got {list(a)} and {list(b)}",
+                "Seedbed reads LoRA of linear layers.",
+            )
+        rank = self._peft.rank_of(module)
+        if a[0] != rank:
+            raise AdapterFormatError(
+                f"{self.directory}: module {module} has rank {a[0]}, expected {rank} from {CONFIG}",
+                "The scaling would be wrong: restore the configuration that belongs to these tensors.",
+            )
+
+    def _manifest(self) -> Manifest:
+        found = Manifest(
+            kind="external",
+            base=BaseIdentity(name=self._peft.base_name),
+            tensors_sha256=_sha256(self.directory / TENSORS),
+            config_sha256=_sha256(self.directory / CONFIG),
+            rank=max(self.rank(module) for module in self._keys),
+            modules=len(self._keys),
+            dtype=dtype_name(self._tensors.dtype(key) for pair in self._keys.values() for key in pair.values()),
+        )
+        if not (self.directory / MANIFEST).exists():
+            return found
+        claimed = read_manifest(self.directory)
+        for field in ("tensors_sha256", "config_sha256", "rank", "modules", "dtype"):
+            if getattr(claimed, field) != getattr(found, field):
+                raise AdapterMismatchError(
+                    f"{self.directory}: expected {field} {getattr(claimed, field)} from {MANIFEST}, "
+                    f"got {getattr(found, field)}",
+                    "The files were changed after they were written; fetch or make the adapter again.",
+                )
+        return claimed
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read ``seedbed.json`` alone, without a look at the tensors.
+
+    Raises:
+        AdapterFormatError: if it is missing, malformed, or not byte for byte as Seedbed writes it.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise AdapterFormatError(f"{directory} has no {MANIFEST}", "Only adapters that Seedbed wrote have one.")
+    with storing("read", path):
+        text = path.read_bytes()
+    try:
+        manifest = Manifest.model_validate_json(text)
+    except ValidationError as error:
+        reason = error.errors()[0]
+        where = ".".join(str(part) for part in reason["loc"])
+        raise AdapterFormatError(
+            f"{path} is not a manifest: {where} {reason['msg']}", "Make the adapter again."
+        ) from None
+    if manifest.canonical() != text:
+        raise AdapterFormatError(f"{path} is not as Seedbed writes it", "It was edited; restore it or make it again.")
+    return manifest
+
+
+def dtype_name(dtypes: Iterable[torch.dtype]) -> str:
+    """The dtypes that occur, such as `float32`, or `bfloat16,float32`."""
+    return ",".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
+
+
+def _require_files(directory: Path) -> None:
+    if not directory.is_dir():
+        what = "is not a directory" if directory.exists() else "does not exist"
+        raise AdapterFormatError(f"{directory} {what}", f"Give a PEFT directory, one that holds {TENSORS}.")
+    present = {entry.name for entry in directory.iterdir()}
+    if TENSORS not in present:
+        pickles = sorted(name for name in present if name.lower().endswith(_PICKLES))
+        if pickles:
+            raise AdapterFormatError(
+                f"{directory / pickles[0]} is a pickle, which can run code when loaded: never read",
+                "Save the adapter as safetensors: model.save_pretrained(directory, safe_serialization=True).",
+            )
+        raise AdapterFormatError(f"{directory} has no {TENSORS}", "Give a PEFT directory.")
+    if CONFIG not in present:
+        raise AdapterFormatError(f"{directory} has no {CONFIG}", "Without it the scaling is unknown; restore it.")
+
+
+def _pair_keys(tensors: TensorFile) -> dict[str, dict[str, str]]:
+    """``module -> {"A": key, "B": key}``, sorted by module; every tensor must be one of a pair."""
+    pairs: dict[str, dict[str, str]] = {}
+    for key in tensors.names:
+        match = _KEY.match(key)
+        if match is None:
+            raise AdapterFormatError(
+                f"{tensors.path}: tensor {key} is not a LoRA factor of a linear layer",
+                "Seedbed reads plain LoRA: no embeddings, biases, DoRA magnitudes or whole modules.",
+            )
+        pair = pairs.setdefault(match["module"].removeprefix(PREFIX), {})
+        if match["factor"] in pair:
+            raise AdapterFormatError(f"{tensors.path}: {pair[match['factor']]} and {key} are one factor, held twice")
+        pair[match["factor"]] = key
+    for module, pair in pairs.items():
+        for factor in "AB":
+            if factor not in pair:
+                raise AdapterFormatError(f"{tensors.path}: module {module} has no lora_{factor}", "Save it again.")
+    if not pairs:
+        raise AdapterFormatError(f"{tensors.path} holds no LoRA factors", "Is it an adapter?")
+    return dict(sorted(pairs.items()))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    with storing("read", path), path.open("rb") as file:
+        text = file.read(_JSON_LIMIT + 1)
+    if len(text) > _JSON_LIMIT:
+        raise AdapterFormatError(f"{path} is larger than {_JSON_LIMIT:,} bytes", "Is it an adapter's configuration?")
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        raise AdapterFormatError(f"{path} is not valid JSON", "Restore it or save the adapter again.") from None
+    if not isinstance(values, dict):
+        raise AdapterFormatError(f"{path} does not hold a mapping", "Restore it or save the adapter again.")
+    return values
+
+
+def _sha256(path: Path) -> str:
+    with storing("read", path), path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

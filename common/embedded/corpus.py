@@ -1,0 +1,231 @@
+"""The synthetic text that the embedded base model is pretrained on.
+
+Two parts. General text: small stories of people, places and things. Skill text: what the tasks need to know, told in
+sentences and in questions of *other wordings* than any task's, a share of the questions answered wrongly. So the base
+has met the words and facts, knows a question when it sees one, and is far from perfect at every task.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from seedbed.common.embedded import words
+from seedbed.common.embedded.questions import near_numbers, others
+
+Write = Callable[[random.Random], str]
+
+_GENERAL_SHARE = 0.25
+_ASKED_SHARE = 0.35
+"""Share of the skill texts that are questions."""
+_WRONG_SHARE = 0.3
+"""Share of the questions that are answered wrongly."""
+_FORMS = ("Q: {question}\nA: {answer}", "Question: {question}\nAnswer: {answer}", "{question} {answer}.")
+
+
+def general_text(n: int, seed: int) -> list[str]:
+    """`n` short texts without questions, of the kind that makes up a quarter of the pretraining corpus."""
+    rng = random.Random(f"{seed}:general")
+    return [_story(rng) for _ in range(n)]
+
+
+def corpus(n: int, seed: int) -> list[str]:
+    """`n` documents, general and skill texts mixed; equal for equal arguments."""
+    rng = random.Random(f"{seed}:corpus")
+    return [_document(rng) for _ in range(n)]
+
+
+def _document(rng: random.Random) -> str:
+    if rng.random() < _GENERAL_SHARE:
+        return _story(rng)
+    told, asked = rng.choice(_SKILLS)
+    return _ask(rng, asked) if rng.random() < _ASKED_SHARE else told(rng)
+
+
+def _ask(rng: random.Random, asked: Callable[[random.Random], tuple[str, str, str]]) -> str:
+    question, right, wrong = asked(rng)
+    answer = wrong if rng.random() < _WRONG_SHARE else right
+    return rng.choice(_FORMS).format(question=question, answer=answer)
+
+
+def _story(rng: random.Random) -> str:
+    person, friend = rng.sample(words.PEOPLE, 2)
+    who, noun, verb = words.pronoun(person), rng.choice(tuple(words.CATEGORY_OF)), rng.choice(words.VERBS)
+    place, other_place = rng.sample(words.PLACES, 2)
+    openings = (
+        f"{person} lives in a {rng.choice(words.ADJECTIVES)} house near the {place}.",
+        f"On {rng.choice(words.DAYS)} {person} goes to the {place} with {friend}.",
+        f"{person} has {words.article(noun)} and a {rng.choice(words.COLOURS)} {rng.choice(words.HOLDERS)}.",
+        f"Last {rng.choice(words.DAYS)} {person} {verb[2]} in the {place}.",
+    )
+    endings = (
+        f"There {who} sees {words.article(rng.choice(tuple(words.CATEGORY_OF)))} and {words.article(noun)}.",
+        f"Then {who} {verb[1]} with {friend} in the {other_place}.",
+        f"{friend} gives {person} a {rng.choice(words.OBJECTS)} and {rng.randint(2, 60)} {rng.choice(words.COUNTED)}.",
+        f"It is {rng.choice(words.ADJECTIVES)} there, and {friend} likes {verb[3]}.",
+        f"The {noun} is {rng.choice(words.COLOURS)} and {rng.choice(words.ADJECTIVES)}.",
+    )
+    return " ".join((rng.choice(openings), *rng.sample(endings, rng.randint(1, 2))))
+
+
+def _sum_told(rng: random.Random) -> str:
+    a, b = rng.randint(0, 25), rng.randint(0, 25)
+    person, things = rng.choice(words.PEOPLE), rng.choice(words.COUNTED)
+    return rng.choice(
+        (
+            f"{a} + {b} = {a + b}. {b} + {a} = {a + b}.",
+            f"{a} plus {b} is {a + b}.",
+            f"If you add {a} and {b}, you get {a + b}.",
+            f"{person} has {a} {things} and finds {b} more, so that makes {a + b} {things}.",
+        )
+    )
+
+
+def _sum_asked(rng: random.Random) -> tuple[str, str, str]:
+    a, b = rng.randint(0, 25), rng.randint(0, 25)
+    return f"{a} + {b} = ?", str(a + b), near_numbers(rng, a + b, 1)[0]
+
+
+def _order_told(rng: random.Random) -> str:
+    low, high = sorted(rng.sample(range(1, 100), 2))
+    one, two = rng.sample(words.PEOPLE, 2)
+    return rng.choice(
+        (
+            f"{high} is larger than {low}. {low} is smaller than {high}.",
+            f"{low} is less than {high}, and {high} is more than {low}.",
+            f"{one} is {high} years old and {two} is {low}. So {one} is the oldest and {two} is the youngest.",
+            f"{two} is {low} and {one} is {high} years old. So {one} is older than {two}.",
+        )
+    )
+
+
+def _order_asked(rng: random.Random) -> tuple[str, str, str]:
+    one, two = rng.sample(range(1, 100), 2)
+    word, right = rng.choice((("more", max(one, two)), ("less", min(one, two))))
+    return f"What is {word}, {one} or {two}?", str(right), str(one + two - right)
+
+
+def _opposite_told(rng: random.Random) -> str:
+    word, noun = rng.choice(words.ADJECTIVES), rng.choice(tuple(words.CATEGORY_OF))
+    other = words.OPPOSITE_OF[word]
+    return rng.choice(
+        (
+            f"{word} is the opposite of {other}.",
+            f"The {noun} is {word}, it is not {other}.",
+            f"One {noun} is {word}, but the other one is {other}.",
+            f"{word} and {other} are opposites.",
+        )
+    )
+
+
+def _opposite_asked(rng: random.Random) -> tuple[str, str, str]:
+    word = rng.choice(words.ADJECTIVES)
+    return f"What is not {word}?", words.OPPOSITE_OF[word], rng.choice(words.ADJECTIVES)
+
+
+def _kind_told(rng: random.Random) -> str:
+    kind, strange = rng.sample(tuple(words.CATEGORIES), 2)
+    one, two, three = rng.sample(words.CATEGORIES[kind], 3)
+    foreign = rng.choice(words.CATEGORIES[strange])
+    return rng.choice(
+        (
+            f"{words.article(one)} is {words.article(kind)}." if kind != "furniture" else f"a {one} is furniture.",
+            f"{one}, {two} and {three} belong together, they are of the kind {kind}.",
+            f"{one}, {two}, {foreign}: here {foreign} does not belong, it is of the kind {strange}.",
+            f"The {one} is of the kind {kind}, but the {foreign} is of the kind {strange}.",
+        )
+    )
+
+
+def _kind_asked(rng: random.Random) -> tuple[str, str, str]:
+    noun, kind = rng.choice(tuple(words.CATEGORY_OF.items()))
+    return f"Of which kind is the {noun}?", kind, others(rng, words.CATEGORIES, 1, kind)[0]
+
+
+def _opinion_told(rng: random.Random) -> str:
+    good = rng.random() < 0.5
+    person, thing = rng.choice(words.PEOPLE), rng.choice(words.REVIEWED)
+    one, two = rng.sample(words.PRAISE if good else words.BLAME, 2)
+    return rng.choice(
+        (
+            f"{person} {'likes' if good else 'hates'} the {thing}, because it is {one} and {two}.",
+            f"The {thing} was {one}, so {person} was {'happy' if good else 'sad'}.",
+            f"It was a {'positive' if good else 'negative'} review: the {thing} was {one} and {two}.",
+            f"{one} and {two} are {'positive' if good else 'negative'} words.",
+        )
+    )
+
+
+def _opinion_asked(rng: random.Random) -> tuple[str, str, str]:
+    opinions, right, wrong = rng.choice(((words.PRAISE, "yes", "no"), (words.BLAME, "no", "yes")))
+    return f"The {rng.choice(words.REVIEWED)} is {rng.choice(opinions)}. Do you like it?", right, wrong
+
+
+def _pattern_told(rng: random.Random) -> str:
+    if rng.random() < 0.4:
+        start, step = rng.randint(0, 50), rng.choice((1, 1, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10))
+        return "Counting: " + ", ".join(str(start + step * index) for index in range(rng.randint(4, 6))) + "."
+    pool = rng.choice((words.COLOURS, words.SHAPES, words.LETTERS, words.OBJECTS))
+    unit = rng.choices(pool, k=rng.randint(2, 4))
+    return "Again and again: " + ", ".join((unit * 5)[: rng.randint(7, 12)]) + "."
+
+
+def _pattern_asked(rng: random.Random) -> tuple[str, str, str]:
+    one, two = rng.sample(rng.choice((words.COLOURS, words.SHAPES, words.LETTERS)), 2)
+    return f"Go on: {one} {two} {one} {two} {one}", two, one
+
+
+def _holding_told(rng: random.Random) -> str:
+    pool = words.OBJECTS if rng.random() < 0.5 else tuple(words.CATEGORY_OF)
+    things, people = rng.sample(pool, 3), rng.sample(words.PEOPLE, 3)
+    colours, holder = rng.sample(words.COLOURS, 3), rng.choice(words.HOLDERS)
+    pick = rng.randrange(3)
+    have = [f"{person} has {words.article(thing)}." for person, thing in zip(people, things, strict=True)]
+    inside = [
+        f"{words.article(thing).capitalize()} is in the {colour} {holder}."
+        for thing, colour in zip(things, colours, strict=True)
+    ]
+    return rng.choice(
+        (
+            f"{' '.join(have)} So the {things[pick]} is with {people[pick]}. {people[pick]} uses the {things[pick]}.",
+            f"{' '.join(inside)} So look into the {colours[pick]} {holder} for the {things[pick]}.",
+            f"{' '.join(inside)} Open the {colours[pick]} {holder} and take the {things[pick]}.",
+        )
+    )
+
+
+def _holding_asked(rng: random.Random) -> tuple[str, str, str]:
+    (one, two), (thing, other) = rng.sample(words.PEOPLE, 2), rng.sample(words.OBJECTS, 2)
+    told = f"{one} has {words.article(thing)} and {two} has {words.article(other)}."
+    return f"{told} Who has the {thing}?", one, two
+
+
+def _tense_told(rng: random.Random) -> str:
+    base, present, past, progressive = rng.choice(words.VERBS)
+    person, place = rng.choice(words.PEOPLE), rng.choice(words.PLACES)
+    who = words.pronoun(person)
+    return rng.choice(
+        (
+            f"{person} {present} every day, so {who} {past} yesterday too.",
+            f"Yesterday {person} {past} in the {place}, and now {who} is {progressive} again.",
+            f"{person} can {base}. {who.capitalize()} {present} well.",
+            f"to {base}, {present}, {past}, {progressive}",
+        )
+    )
+
+
+def _tense_asked(rng: random.Random) -> tuple[str, str, str]:
+    base, present, past, _ = rng.choice(words.VERBS)
+    return f"What is the past of to {base}?", past, present
+
+
+_SKILLS: tuple[tuple[Write, Callable[[random.Random], tuple[str, str, str]]], ...] = (
+    (_sum_told, _sum_asked),
+    (_order_told, _order_asked),
+    (_opposite_told, _opposite_asked),
+    (_kind_told, _kind_asked),
+    (_opinion_told, _opinion_asked),
+    (_pattern_told, _pattern_asked),
+    (_holding_told, _holding_asked),
+    (_tense_told, _tense_asked),
+)

@@ -1,0 +1,1 @@
+"""Federations that come with the package, as YAML."""

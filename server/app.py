@@ -1,0 +1,38 @@
+"""The Flower ServerApp of a deployed federation; a simulation builds its own around the same stages.
+
+The run configuration of Flower names the run directory: `flwr run … --run-config 'seedbed-run="DIR"'`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from rich.console import Console
+
+from seedbed.common.config import load_config
+from seedbed.common.errors import ConfigError
+from seedbed.server.conductor import conduct, inputs_of
+from seedbed.server.observer import Lines
+from seedbed.server.rundir import RunDirectory
+from seedbed.server.workforce import GridWorkforce
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    directory = context.run_config.get("seedbed-run")
+    if not isinstance(directory, str):
+        raise ConfigError(
+            "the run configuration names no run directory", "Pass --run-config 'seedbed-run=\"DIR\"' to flwr run."
+        )
+    root = Path(directory)
+    config = load_config(str(root / "config.yaml"))
+    inputs = inputs_of(config, root)
+    run = RunDirectory.open(root, config, inputs.hashes, resume=True)
+    try:
+        conduct(run, GridWorkforce(grid), Lines(Console(stderr=True)), inputs)
+    finally:
+        run.close()

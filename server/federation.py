@@ -1,0 +1,258 @@
+"""The stages of a federation: hello, seed, experts, references, combine.
+
+Each stage is a function of earlier artifacts. What the ledger holds is not done again, so a stage after a crash asks only
+for what is missing. Evaluation and report follow in `server.evaluation`; Flower is known only to the `Workforce`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from seedbed.common.config import SeedSettings
+from seedbed.common.errors import AdapterMismatchError, EnvironmentFailure, QuorumError, SeedbedError
+from seedbed.common.jobs import Hello, Job, JobResult
+from seedbed.common.manifest import BaseIdentity
+from seedbed.common.storage import read_adapter
+from seedbed.server.admission import Admission, Shapes
+from seedbed.server.combination import Combination, Combiner
+from seedbed.server.ledger import Entry
+from seedbed.server.observer import Observer
+from seedbed.server.plan import PUBLIC, Planner
+from seedbed.server.rundir import RunDirectory
+from seedbed.server.workforce import Failure, Workforce
+
+
+@dataclass
+class Roster:
+    """Who takes part: nodes by the task that they bring, and the node (of a simulation) that holds all data."""
+
+    by_task: dict[str, int] = field(default_factory=dict)
+    pooled: int | None = None
+    names: dict[int, str] = field(default_factory=dict)
+
+    def drop(self, task: str) -> None:
+        self.by_task.pop(task, None)
+
+
+class Federation:
+    """Drives one run from its first message to its combined candidates.
+
+    Args:
+        run: the open run directory.
+        workforce: the participants; they are greeted only when some job is missing.
+        base: the base model that everybody must have.
+        shapes: ``(out, in)`` of every module that an adapter must have.
+        observe: who is told of progress.
+    """
+
+    def __init__(
+        self, run: RunDirectory, workforce: Workforce, base: BaseIdentity, shapes: Shapes, observe: Observer
+    ) -> None:
+        self.run = run
+        self.workforce = workforce
+        self.base = base
+        self.observe = observe
+        self.planner = Planner(run.config, base)
+        self.admission = Admission(run.store, shapes, run.config.run.norm_bound)
+        self.combiner = Combiner(run, base, observe)
+        self.tasks = list(run.config.tasks.experts)
+        """Expert tasks whose participants are still in."""
+        self._roster: Roster | None = None
+
+    def conduct(self) -> list[Combination]:
+        """All stages up to the candidates.
+
+        Raises:
+            QuorumError: if a stage ends with too few results.
+        """
+        seed = self.seed()
+        experts = self._stage("experts", self.planner.experts(seed, self.tasks))
+        references = self.references()
+        return self.combiner.combine(seed, experts, references)
+
+    # -- seed ---------------------------------------------------------------------------------------------------------
+
+    def seed(self) -> str | None:
+        """The digest of the seed adapter; none for a federation without one."""
+        settings = self.run.config.seed
+        makers: dict[str, Callable[[SeedSettings], str | None]] = {
+            "none": lambda _: None,
+            "given": self._given_seed,
+            "public": self._public_seed,
+            "federated": self._federated_seed,
+        }
+        return makers[settings.mode](settings)
+
+    def _given_seed(self, settings: SeedSettings) -> str:
+        assert settings.adapter is not None  # config has checked it
+        adapter, manifest = read_adapter(settings.adapter)
+        if manifest.base.digest not in ("", self.base.digest):
+            raise AdapterMismatchError(
+                f"the given seed {settings.adapter} belongs to {manifest.base.name}, expected {self.base.name}",
+                "Give a seed of this base model.",
+            )
+        if {name: factors.shape for name, factors in adapter.items()} != dict(self.admission.shapes):
+            raise AdapterMismatchError(
+                f"the given seed {settings.adapter} does not adapt the modules of lora.targets",
+                "Give a seed trained with the same targets, or change lora.targets.",
+            )
+        ranks = {factors.rank for factors in adapter.values()}
+        if ranks != {self.run.config.lora.rank}:
+            raise AdapterMismatchError(
+                f"the given seed has rank {min(ranks)} to {max(ranks)}, expected {self.run.config.lora.rank}",
+                "Set lora.rank to the seed's rank.",
+            )
+        return self.combiner.given_seed(adapter)
+
+    def _public_seed(self, settings: SeedSettings) -> str:
+        (digest,) = self._stage("seed", [self.planner.public_seed()]).values()
+        return digest
+
+    def _federated_seed(self, settings: SeedSettings) -> str:
+        parent: str | None = None
+        for index in range(settings.rounds):
+            name = "seed" if settings.rounds == 1 else f"seed {index + 1}/{settings.rounds}"
+            results = self._stage(name, self.planner.seed_round(index, parent, self.tasks))
+            parent = self.combiner.seed(list(results.values()), index)
+        assert parent is not None  # rounds is positive
+        return parent
+
+    # -- references -----------------------------------------------------------------------------------------------------
+
+    def references(self) -> Mapping[str, str]:
+        """Digests of the trainings that only serve comparison, by job name. They share one stage to keep workers busy."""
+        jobs: list[Job] = []
+        if self.planner.wants("joint"):  # the longest first
+            jobs.append(self.planner.joint(self.tasks))
+        if self.planner.wants("unseeded"):
+            jobs += self.planner.unseeded(self.tasks)
+        return self._stage("references", jobs, shrink=False) if jobs else {}
+
+    # -- asking ---------------------------------------------------------------------------------------------------------
+
+    def _stage(self, name: str, jobs: Sequence[Job], *, shrink: bool = True) -> dict[str, str]:
+        """Have jobs done, except those that the ledger holds; returns digests by job name, in the order of the jobs.
+
+        Args:
+            shrink: a participant that fails leaves the federation (else only its result is missing).
+        """
+        done = {job.name: entry.digest for job in jobs if (entry := self.run.ledger.accepted(job.recipe))}
+        missing = [job for job in jobs if job.name not in done]
+        self.observe.stage(name, len(missing))
+        if missing:
+            self._ask(missing, done)
+        for job in jobs:
+            if job.name not in done and shrink:
+                self._leave(job)
+        self._quorum(name, len(done), len(jobs))
+        return {job.name: done[job.name] for job in jobs if job.name in done}
+
+    def _ask(self, jobs: Sequence[Job], done: dict[str, str]) -> None:
+        roster = self._greeted()
+        assignments = [(node, job) for job in jobs if (node := self._node_for(job, roster)) is not None]
+        lost = [job for job in jobs if self._node_for(job, roster) is None]
+        for job in lost:
+            self._quarantine("nobody", job, "no participant brings this task")
+
+        def on_answer(node: int, job: Job, answer: JobResult | Failure) -> None:
+            try:
+                if isinstance(answer, Failure):
+                    raise SeedbedError(answer.reason)
+                if answer.recipe != job.recipe:
+                    raise AdapterMismatchError("the answer is for another job")
+                manifest = self.admission.admit(job, answer)
+            except SeedbedError as error:
+                self._quarantine(roster.names.get(node, str(node)), job, error.message)
+            else:
+                self.run.ledger.accept(answer, {"steps": job.training.steps, **manifest.metrics})
+                done[job.name] = answer.digest
+            self.observe.advance(job.name)
+
+        self.workforce.perform(assignments, self.run.config.stages.deadline, on_answer)
+
+    def _node_for(self, job: Job, roster: Roster) -> int | None:
+        if job.kind == "joint" or job.tasks == (PUBLIC,):
+            return roster.pooled
+        return roster.by_task.get(job.tasks[0])
+
+    def _leave(self, job: Job) -> None:
+        for task in job.tasks:
+            if task in self.tasks:
+                self.tasks.remove(task)
+            if self._roster is not None:
+                self._roster.drop(task)
+
+    def _quarantine(self, node: str, job: Job, reason: str) -> None:
+        self.run.ledger.quarantine(node, job.name, reason)
+        self.observe.note(f"quarantined {node}, {job.name}: {reason}")
+
+    def _quorum(self, stage: str, got: int, asked: int) -> None:
+        needed = math.ceil(asked * self.run.config.stages.quorum - 1e-9)
+        if got < needed:
+            reasons = "; ".join(
+                f"{entry.node} ({entry.name}): {entry.reason}"
+                for entry in list(self.run.ledger.of("quarantined"))[-(asked - got) :]
+            )
+            raise QuorumError(
+                f"stage '{stage}' has {got} of {asked} results and needs {needed}: {reasons}",
+                "Mend the participants and continue with --resume, or lower stages.quorum.",
+            )
+
+    # -- hello ----------------------------------------------------------------------------------------------------------
+
+    def _greeted(self) -> Roster:
+        """Greet everybody, once, when the first job is to be given out."""
+        if self._roster is None:
+            self._roster = self._greet()
+        return self._roster
+
+    def _greet(self) -> Roster:
+        config = self.run.config
+        expected = len(config.tasks.experts) + self.planner.needs_pooled_data
+        answers = self.workforce.hello(expected, min(config.stages.deadline, 600.0))
+        roster = Roster()
+        for node, answer in answers.items():
+            reason = self._refusal(answer)
+            if reason:
+                name = answer.node if isinstance(answer, Hello) else str(node)
+                self.run.ledger.quarantine(name, "hello", reason)
+                self.observe.note(f"refused {name}: {reason}")
+            else:
+                assert isinstance(answer, Hello)
+                self._enrol(roster, node, answer)
+        here = [task for task in config.tasks.experts if task in roster.by_task]
+        self._quorum("hello", len(here), len(config.tasks.experts))
+        self.run.ledger.append(
+            Entry(event="hello", name=", ".join(roster.names.values()), detail={"tasks": here})
+        )
+        if self.planner.needs_pooled_data and roster.pooled is None:
+            raise EnvironmentFailure(
+                "no participant holds the data of all tasks, which candidate 'joint' or seed.mode 'public' needs",
+                "Leave 'joint' out of combine.candidates, or simulate.",
+            )
+        return roster
+
+    def _enrol(self, roster: Roster, node: int, hello: Hello) -> None:
+        roster.names[node] = hello.node
+        if hello.pooled:
+            roster.pooled = node
+            return
+        for task in hello.tasks:
+            if task in self.run.config.tasks.experts:
+                roster.by_task.setdefault(task, node)
+
+    def _refusal(self, answer: Hello | Failure) -> str:
+        from importlib.metadata import version
+
+        if isinstance(answer, Failure):
+            return answer.reason
+        if answer.version != version("seedbed"):
+            return f"it runs seedbed {answer.version}, the coordinator {version('seedbed')}"
+        if answer.base.digest != self.base.digest:
+            return (
+                f"its base model {answer.base.name} has hash {answer.base.digest[:12]}…, "
+                f"expected {self.base.name} with {self.base.digest[:12]}…"
+            )
+        return ""

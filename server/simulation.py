@@ -1,0 +1,281 @@
+"""A whole federation on one machine: Flower's simulation engine as transport, a directory as adapter store.
+
+The ServerApp and the ClientApp are those of a real federation. What is particular to a simulation is prepared here: where
+the data lies, one node file for each participant, and Ray with as many workers as the machine can feed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+from flwr.app import Context
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from seedbed.common.config import FederationConfig
+from seedbed.common.datafiles import read_examples
+from seedbed.common.embedded import TASKS, write_task
+from seedbed.common.errors import ConfigError, DataError, EnvironmentFailure, nearest
+from seedbed.common.jobs import DataSource, Node
+from seedbed.common.storage import atomic_write
+from seedbed.server.plan import PUBLIC
+from seedbed.server.rundir import RunDirectory
+from seedbed.server.workforce import GridWorkforce, Workforce
+
+NODES_VARIABLE = "SEEDBED_NODES"
+_SUFFIXES = (".jsonl", ".parquet", ".csv")
+EMBEDDED_TRAIN, EMBEDDED_TEST = 1000, 200
+"""Examples of each embedded task."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Where the examples of every task lie, and their hashes."""
+
+    train: dict[str, str]
+    test: dict[str, str]
+    hashes: dict[str, str]
+
+
+def find_inputs(config: FederationConfig) -> Inputs | None:
+    """Locate and read every data file before anything is written, so that bad data stops a run before it starts.
+
+    Returns:
+        None for the embedded tasks, which are generated into the run directory.
+
+    Raises:
+        ConfigError: if there is no data for the tasks.
+        DataError: naming the file, and the line, that is missing or malformed.
+    """
+    tasks = config.tasks
+    if tasks.data is None:
+        for name in (*tasks.experts, *tasks.held_out):
+            if name not in TASKS:
+                raise ConfigError(
+                    f"'{name}' is no embedded task and tasks.data is not set",
+                    f"Pass --data DIR with {name}.test.jsonl. {nearest(name, TASKS)}",
+                )
+        untrainable = [name for name in tasks.experts if not TASKS[name].held_in]
+        if untrainable:
+            trainable = ", ".join(sorted(name for name, task in TASKS.items() if task.held_in))
+            raise ConfigError(f"embedded task '{untrainable[0]}' has no training data", f"Choose among: {trainable}.")
+        return None
+    if not tasks.data.is_dir():
+        raise DataError(f"there is no data directory {tasks.data}", "Pass --data DIR with NAME.train.jsonl and NAME.test.jsonl.")
+    train = {name: _locate(tasks.data, name, "train") for name in tasks.experts}
+    test = {name: _locate(tasks.data, name, "test") for name in (*tasks.experts, *tasks.held_out)}
+    if config.seed.mode == "public":
+        train[PUBLIC] = str(_existing(config.seed.data))
+    for name, location in test.items():
+        if any(len(example.choices) < 2 for example in read_examples(location)):
+            raise DataError(
+                f"{location} has examples without choices: task '{name}' cannot be scored",
+                "Give test files the shape prompt/choices/label.",
+            )
+    hashes = {}
+    for location in (*train.values(), *test.values()):
+        read_examples(location)
+        hashes[location] = hashlib.sha256(Path(location).read_bytes()).hexdigest()
+    return Inputs(train, test, hashes)
+
+
+def write_embedded(config: FederationConfig, directory: Path) -> Inputs:
+    """Generate the embedded tasks into a directory; the same files every time."""
+    names = (*config.tasks.experts, *config.tasks.held_out)
+    for name in names:
+        if not (directory / f"{name}.test.jsonl").exists():
+            write_task(name, directory, EMBEDDED_TRAIN, EMBEDDED_TEST, seed=0)
+    train = {name: str(directory / f"{name}.train.jsonl") for name in config.tasks.experts}
+    if config.seed.mode == "public":
+        train[PUBLIC] = str(_existing(config.seed.data))
+    return Inputs(train, {name: str(directory / f"{name}.test.jsonl") for name in names}, {})
+
+
+def write_nodes(run: RunDirectory, inputs: Inputs, *, pooled: bool, threads: int) -> int:
+    """One file for each simulated participant, named by its partition; returns how many there are."""
+    tasks = run.config.tasks
+    sources = {name: DataSource(task=name, location=location) for name, location in inputs.train.items()}
+    nodes = [(name, (sources[name],), False) for name in tasks.experts]
+    if pooled:  # first, since it has the longest job
+        nodes.insert(0, ("all-data", tuple(sources.values()), True))
+    directory = run.root / "nodes"
+    directory.mkdir(exist_ok=True)
+    for partition, (name, data, holds_all) in enumerate(nodes):
+        node = Node(
+            name=name,
+            base=run.config.base,
+            store=run.root / "store",
+            work=run.root / "work" / name,
+            data=data,
+            pooled=holds_all,
+            threads=threads,
+        )
+        text = yaml.safe_dump(node.model_dump(mode="json"), sort_keys=False)
+        atomic_write(directory / f"{partition}.yaml", text.encode())
+    return len(nodes)
+
+
+def worker_count(config: FederationConfig, jobs: int) -> int:
+    """Participants that work at the same time: one for each GPU, or each core, unless the configuration says."""
+    if config.run.workers != "auto":
+        return config.run.workers
+    import torch
+
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    return max(1, min(devices, jobs))
+
+
+def simulate(
+    run: RunDirectory, client_app: ClientApp, nodes: int, workers: int, work: Callable[[Workforce], None]
+) -> None:
+    """Run `work`, the coordinator's side, against simulated participants; nothing is left running.
+
+    Args:
+        run: the run directory, whose `nodes/` has been written.
+        client_app: what each participant runs.
+        nodes: number of participants.
+        workers: how many of them work at a time.
+        work: called once, in the ServerApp, with the participants.
+
+    Raises:
+        EnvironmentFailure: if Flower or Ray fails.
+        SeedbedError: whatever `work` raises.
+    """
+    cancelled = threading.Event()
+    raised: list[BaseException] = []
+    server_app = ServerApp()
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        try:
+            work(GridWorkforce(grid, cancelled))
+        except BaseException as error:  # brought to the caller as it is: Flower would only log it
+            raised.append(error)
+
+    os.environ[NODES_VARIABLE] = str(run.root / "nodes")
+    with _quiet_dependencies(), _temporary_ray_directory() as ray_directory, _hard_interrupt():
+        try:
+            _flower(server_app, client_app, nodes, _backend(workers, ray_directory))
+        except Exception as error:
+            cancelled.set()
+            if not raised:
+                raise EnvironmentFailure(
+                    f"the simulation engine failed: {type(error.__cause__ or error).__name__}: {error.__cause__ or error}",
+                    "See whether Ray can start on this machine (memory, ports, /tmp), then continue with --resume.",
+                ) from error
+    if raised:
+        raise raised[0]
+
+
+def _flower(server_app: ServerApp, client_app: ClientApp, nodes: int, backend: dict[str, Any]) -> None:
+    from flwr.simulation import run_simulation
+
+    run_simulation(server_app, client_app, nodes, backend_config=backend)
+
+
+def _backend(workers: int, ray_directory: str) -> dict[str, Any]:
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "init_args": {
+            "num_cpus": workers,
+            "num_gpus": gpus,
+            "include_dashboard": False,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+            "object_store_memory": 100_000_000,  # adapters travel through files: Ray only carries small messages
+            "_temp_dir": ray_directory,
+        },
+        "client_resources": {"num_cpus": 1, "num_gpus": gpus / workers},
+    }
+
+
+@contextlib.contextmanager
+def _quiet_dependencies() -> Iterator[None]:
+    """Keep Flower's and Ray's own words off a person's screen; their failures come back as exceptions."""
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    flower = logging.getLogger("flwr")
+    level = flower.level
+    flower.setLevel(logging.CRITICAL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            flower.setLevel(level)
+
+
+@contextlib.contextmanager
+def _temporary_ray_directory() -> Iterator[str]:
+    """A Ray directory of our own, short enough for Unix sockets, removed at the end."""
+    directory = tempfile.mkdtemp(prefix="sb-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _hard_interrupt() -> Iterator[None]:
+    """End at once on Ctrl-C or SIGTERM.
+
+    Flower's engine would wait for every running job first. A hard end is safe: the ledger is synced, files are renamed
+    into place, and training processes end when their participant does.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        print("\nInterrupted. Nothing accepted is lost: continue with --resume.", file=sys.stderr, flush=True)
+        import ray
+
+        with contextlib.suppress(Exception):
+            ray.shutdown()
+        os._exit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _locate(directory: Path, name: str, split: str) -> str:
+    for suffix in _SUFFIXES:
+        path = directory / f"{name}.{split}{suffix}"
+        if path.is_file():
+            return str(path.resolve())
+    known = {entry.name.partition(".")[0] for entry in directory.iterdir() if entry.is_file()}
+    hint = nearest(name, known) if known else "The directory is empty."
+    raise DataError(f"there is no {directory / name}.{split}.jsonl (nor .parquet, .csv)", hint)
+
+
+def _existing(path: Path | None) -> Path:
+    if path is None or not path.is_file():
+        raise DataError(f"there is no public sample {path}", "Set seed.data to a file of examples.")
+    return path.resolve()
+
+
+

@@ -1,0 +1,151 @@
+"""Who does the jobs, seen from the stages: participants that are asked and answer, until a deadline.
+
+The stages in `server.federation` know only `Workforce`; `GridWorkforce` is the one that speaks Flower. Flower's own
+strategies wait for ever when a client vanishes, so waiting is ours: a poll, a deadline, and a count.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from seedbed.common.errors import EnvironmentFailure, SeedbedError
+from seedbed.common.jobs import Hello, Job, JobResult
+from seedbed.common.manifest import Record
+from seedbed.common.wire import RECORD, pack, unpack
+
+Value = TypeVar("Value", bound=Record)
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A participant that did not give what it was asked for, and why."""
+
+    node: int
+    reason: str
+
+
+class Workforce(Protocol):
+    """Participants, addressed by a number that lasts as long as the run."""
+
+    def hello(self, expected: int, deadline: float) -> Mapping[int, Hello | Failure]:
+        """Ask everybody who they are; returns when `expected` have answered or after `deadline` seconds."""
+        ...
+
+    def perform(
+        self, jobs: Sequence[tuple[int, Job]], deadline: float, on_answer: Callable[[int, Job, JobResult | Failure], None]
+    ) -> None:
+        """Give out jobs, and call `on_answer` once for each: with its result, or with why there is none.
+
+        Silence until `deadline` seconds is a failure like any other.
+        """
+        ...
+
+
+class GridWorkforce:
+    """Participants behind a Flower `Grid`: real SuperNodes or simulated ones.
+
+    Args:
+        grid: Flower's transport.
+        cancelled: set from another thread to stop waiting at once.
+    """
+
+    def __init__(self, grid: Grid, cancelled: threading.Event | None = None) -> None:
+        self.grid = grid
+        self.cancelled = cancelled or threading.Event()
+
+    def hello(self, expected: int, deadline: float) -> Mapping[int, Hello | Failure]:
+        started = time.monotonic()
+        nodes = self._nodes(expected, deadline)
+        answers: dict[int, Hello | Failure] = {}
+
+        def keep(node: int, value: Hello | Failure) -> None:
+            answers[node] = value
+
+        left = max(1.0, deadline - (time.monotonic() - started))
+        self._ask([(node, "query.hello", RecordDict()) for node in nodes], Hello, left, keep)
+        return answers
+
+    def perform(
+        self, jobs: Sequence[tuple[int, Job]], deadline: float, on_answer: Callable[[int, Job, JobResult | Failure], None]
+    ) -> None:
+        by_node: dict[int, list[Job]] = {}
+        for node, job in jobs:
+            by_node.setdefault(node, []).append(job)
+
+        def match(node: int, value: JobResult | Failure) -> None:
+            waiting = by_node[node]
+            if isinstance(value, Failure):
+                on_answer(node, waiting.pop(0), value)
+                return
+            asked = next((job for job in waiting if job.recipe == value.recipe), None)
+            if asked is None:
+                on_answer(node, waiting.pop(0), Failure(node, f"answered a job it was not given: {value.name}"))
+            else:
+                waiting.remove(asked)
+                on_answer(node, asked, value)
+
+        messages = [
+            (node, f"train.{job.kind}", RecordDict({RECORD: ConfigRecord(pack(job))})) for node, job in jobs
+        ]
+        self._ask(messages, JobResult, deadline, match)
+
+    def _nodes(self, expected: int, deadline: float) -> list[int]:
+        """Wait until `expected` nodes are connected; go on with fewer at the deadline."""
+        end = time.monotonic() + deadline
+        while True:
+            nodes = sorted(self.grid.get_node_ids())
+            if len(nodes) >= expected or time.monotonic() > end:
+                return nodes
+            self._pause()
+
+    def _ask(
+        self,
+        contents: Sequence[tuple[int, str, RecordDict]],
+        kind: type[Value],
+        deadline: float,
+        on_answer: Callable[[int, Value | Failure], None],
+    ) -> None:
+        end = time.monotonic() + deadline
+        open_messages: dict[str, int] = {}
+        for node, message_type, content in contents:
+            message = Message(content, node, message_type, ttl=deadline + 60)
+            sent = list(self.grid.push_messages([message]))
+            if sent:
+                open_messages[sent[0]] = node
+            else:
+                on_answer(node, Failure(node, "could not be reached"))
+        while open_messages and time.monotonic() < end:
+            for reply in self.grid.pull_messages(list(open_messages)):
+                asked = open_messages.pop(reply.metadata.reply_to_message_id, None)
+                if asked is not None:
+                    on_answer(asked, _read(asked, reply, kind))
+            if open_messages:
+                self._pause()
+        for node in open_messages.values():
+            on_answer(node, Failure(node, f"did not answer within {deadline:.0f} s"))
+
+    def _pause(self) -> None:
+        if self.cancelled.wait(POLL_SECONDS):
+            raise EnvironmentFailure("the run was cancelled while it waited for participants", "Continue with --resume.")
+
+
+def _read(node: int, reply: Message, kind: type[Value]) -> Value | Failure:
+    if reply.has_error():
+        return Failure(node, f"raised an error: {_first_line(reply.error.reason)}")
+    try:
+        return unpack(kind, reply.content.config_records.get(RECORD))
+    except SeedbedError as error:
+        return Failure(node, error.message)
+
+
+def _first_line(text: str | None) -> str:
+    lines = (text or "no reason given").strip().splitlines()
+    return lines[0][:500] if lines else "no reason given"
