@@ -47,7 +47,8 @@ def joint(message: Message, context: Context) -> Message:
 
 def _work(message: Message, context: Context) -> Message:
     job = unpack(Job, message.content.config_records.get(RECORD))
-    return _reply(message, perform(job, _node(context)))
+    # Nobody waits for an answer after the message's time to live: a training that takes longer is ended.
+    return _reply(message, perform(job, _node(context), deadline=message.metadata.ttl))
 
 
 def _reply(message: Message, value: Record) -> Message:

@@ -1,12 +1,13 @@
 """From examples to padded batches of tokens, the same ones whenever the data and the random seed are the same.
 
-What the loss sees: the completion and a closing end-of-text token where there is a prompt, every token where there is only
-text. The closing token teaches the model where an answer ends; without it a tuned model would ramble in generation.
+What the loss sees: the completion and a closing end-of-text token where there is a prompt, every token where there is
+only text. The closing token teaches the model where an answer ends; without it a tuned model rambles in generation.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Sequence
@@ -79,8 +80,8 @@ def digest_of(source: DataSource) -> str:
 def schedule(sizes: Sequence[int], count: int, seed: int) -> list[tuple[int, int]]:
     """Decide which example fills each of `count` places: ``(task, index)`` pairs.
 
-    Every task gets an equal share of the places, whatever its size: round after round, all tasks in a random order. Within
-    a task the examples come in epochs, each a new shuffle.
+    Every task gets an equal share of the places, whatever its size: round after round, all tasks in a random order.
+    Within a task the examples come in epochs, each a new shuffle.
 
     Args:
         sizes: number of examples of each task.
@@ -114,8 +115,8 @@ def encode(example: Example, tokenizer: Any, template: str, max_tokens: int) -> 
     excess = max(0, len(ids) - max_tokens)
     if excess >= before:
         raise DataError(
-            f"the completion {example.completion[:40]!r} has {len(ids) - before} tokens and leaves no room for a prompt "
-            f"in training.max_tokens = {max_tokens}",
+            f"the completion {example.completion[:40]!r} has {len(ids) - before} tokens, which leaves no room for a "
+            f"prompt in training.max_tokens = {max_tokens}",
             f"Raise training.max_tokens to {len(ids)} or more.",
         )
     return Tokens(tuple(ids[excess:]), before - excess)
@@ -153,7 +154,7 @@ def split(rows: Sequence[Tokens], parts: int) -> list[list[Tokens]]:
     """
     ordered = sorted(rows, key=lambda row: len(row.ids))
     bounds = [len(ordered) * part // parts for part in range(parts + 1)]
-    return [ordered[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+    return [ordered[begin:end] for begin, end in itertools.pairwise(bounds)]
 
 
 class Steps(Sequence[list[Tokens]]):

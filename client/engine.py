@@ -1,12 +1,11 @@
 """Two engines that carry out one optimizer step: plain torch, and DeepSpeed.
 
-Both minimize the same thing: the cross-entropy summed over all passes and ranks of a step, divided by the number of labels in
-the step. So one big batch, many small passes and many ranks give the same factors up to rounding.
+Both minimize the same thing: the cross-entropy summed over all passes and ranks of a step, divided by the number of
+labels in the step. So one big batch, many small passes and many ranks give the same factors up to rounding.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -66,7 +65,7 @@ class TorchEngine:
         total = 0.0
         for batch in passes:
             loss = token_losses(self._model, self._head, batch.to(self._device)) / labels
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         if self._clip:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
@@ -174,8 +173,3 @@ def _trainable(model: nn.Module) -> list[nn.Parameter]:
 def _set_rate(optimizer: Any, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
-
-
-def is_main_rank() -> bool:
-    """Whether this process is the one that reports and writes."""
-    return int(os.environ.get("RANK", "0")) == 0

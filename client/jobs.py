@@ -37,8 +37,12 @@ def introduce(node: Node) -> Hello:
     )
 
 
-def perform(job: Job, node: Node) -> JobResult:
-    """Train a job, unless the store already holds it, and answer with the digest of the result."""
+def perform(job: Job, node: Node, deadline: float | None = None) -> JobResult:
+    """Train a job, unless the store already holds it, and answer with the digest of the result.
+
+    Args:
+        deadline: seconds after which the training is ended and the job has failed.
+    """
     started = time.monotonic()
 
     def answer(**fields: Any) -> JobResult:
@@ -46,7 +50,7 @@ def perform(job: Job, node: Node) -> JobResult:
         return JobResult(node=node.name, name=job.name, recipe=job.recipe, seconds=seconds, **fields)
 
     try:
-        digest, manifest, cached = _result(job, node)
+        digest, manifest, cached = _result(job, node, deadline)
     except SeedbedError as error:
         return answer(error=error.message, hint=error.hint)
     except Exception as error:  # a defect of ours must not take the participant down: it is told as this job's failure
@@ -54,7 +58,7 @@ def perform(job: Job, node: Node) -> JobResult:
     return answer(digest=digest, manifest=manifest, cached=cached)
 
 
-def _result(job: Job, node: Node) -> tuple[str, Manifest, bool]:
+def _result(job: Job, node: Node, deadline: float | None) -> tuple[str, Manifest, bool]:
     base = _identity(node)
     if base.digest != job.base.digest:
         raise AdapterMismatchError(
@@ -73,15 +77,15 @@ def _result(job: Job, node: Node) -> tuple[str, Manifest, bool]:
         manifest = read_manifest(store.open(held))
         if manifest.settings.get("data") == data:
             return held, manifest, True
-    digest = _train(spec.model_copy(update={"settings": {**spec.settings, "data": data}}), work, store)
+    digest = _train(spec.model_copy(update={"settings": {**spec.settings, "data": data}}), work, store, deadline)
     return digest, read_manifest(store.open(digest)), False
 
 
-def _train(spec: TrainSpec, work: Path, store: DirectoryStore) -> str:
+def _train(spec: TrainSpec, work: Path, store: DirectoryStore, deadline: float | None) -> str:
     shutil.rmtree(spec.output, ignore_errors=True)  # of an earlier try that was interrupted before the store had it
     work.mkdir(parents=True, exist_ok=True)
     with (work / "progress.jsonl").open("w", encoding="utf-8") as progress:
-        run(spec, on_event=_writer(progress.write, progress.flush), log=work / "training.log")
+        run(spec, on_event=_writer(progress.write, progress.flush), deadline=deadline, log=work / "training.log")
     digest = store.put(spec.output)
     shutil.rmtree(spec.output, ignore_errors=True)
     return digest

@@ -1,7 +1,7 @@
 """Start training as processes of their own, watch them, and turn whatever happens into a result or one readable error.
 
-A crash, an out-of-memory or a loss that is not a number costs one job, not the participant; GPU memory is given back; and
-nothing keeps running, however this process ends.
+A crash, an out-of-memory or a loss that is not a number costs one job, not the participant; GPU memory is given back;
+and nothing keeps running, however this process ends.
 """
 
 from __future__ import annotations

@@ -23,8 +23,8 @@ _PREFIX = "base_model.model."
 def attach(model: nn.Module, lora: LoraSettings, init_seed: int) -> Any:
     """Put a fresh LoRA on a base model: A drawn from `init_seed`, B zero, so that the model's output does not change.
 
-    A is uniform within ``±1/sqrt(in)`` (He et al.'s initialization with a = sqrt(5), as in PEFT), drawn on the CPU in the
-    order of the module names: the same numbers on every machine, device and version of PEFT.
+    A is uniform within ``±1/sqrt(in)`` (He et al.'s initialization with a = sqrt(5), as in PEFT), drawn on the CPU in
+    the order of the module names: the same numbers on every machine, device and version of PEFT.
 
     Raises:
         ConfigError: if `lora.targets` selects no linear layer of this model.
@@ -104,8 +104,9 @@ def extract(peft_model: nn.Module) -> Adapter:
     """Read the trained factors, in float32 on the CPU, detached from the model."""
     return Adapter(
         {
-            name: LoraFactors(*(_copied(weight) for weight in _weights(layer)), float(layer.scaling[_NAME]))
+            name: LoraFactors(_copied(A), _copied(B), float(layer.scaling[_NAME]))
             for name, layer in layers(peft_model)
+            for A, B in (_weights(layer),)
         }
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 
 from seedbed.client.data import Steps, collate, split
 from seedbed.client.engine import DeepSpeedEngine, Engine, TorchEngine
@@ -47,7 +48,7 @@ class TrainSpec(Record):
     parents: tuple[str, ...] = ()
     task: str | None = None
     recipe: str = ""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default_factory=dict)
     """What the manifest says of the job."""
 
     @classmethod
@@ -83,8 +84,10 @@ class TrainSpec(Record):
 def _source(node: Node, task: str, job: Job) -> DataSource:
     for source in node.data:
         if source.task == task:
+            limits = [limit for limit in (source.limit, job.limit) if limit is not None]
             share = source.fraction * job.fraction
-            return source.model_copy(update={"fraction": share, "prompt": job.prompt, "limit": job.limit})
+            update = {"fraction": share, "prompt": job.prompt, "limit": min(limits, default=None)}
+            return source.model_copy(update=update)
     has = ", ".join(source.task for source in node.data) or "none"
     raise DataError(f"participant '{node.name}' has no data of the task '{task}'", f"It has: {has}.")
 
@@ -105,8 +108,8 @@ def choose_engine(training: TrainingSettings) -> Literal["torch", "deepspeed"]:
 
 
 def learning_rate(step: int, training: TrainingSettings) -> float:
-    """The rate of a step, counted from 0: a linear rise that reaches the peak at the last warm-up step, then a linear fall
-    that would reach zero one step after the last."""
+    """The rate of a step, counted from 0: a linear rise that reaches the peak at the last warm-up step, then a linear
+    fall that would reach zero one step after the last."""
     warmup = min(training.warmup_steps, training.steps)
     if step < warmup:
         return training.learning_rate * (step + 1) / warmup
@@ -118,8 +121,8 @@ def train(spec: TrainSpec, report: Report) -> Trained:
 
     Args:
         report: told ``{"event": "start", …}`` once and ``{"event": "step", "step", "steps", "loss", "lr", "tokens",
-            "seconds"}`` every `log_every` steps; `loss` is the mean over the labels since the last report, `tokens` counts
-            what the model has read.
+            "seconds"}`` every `log_every` steps; `loss` is the mean over the labels since the last report, `tokens`
+            counts what the model has read.
 
     Raises:
         ConfigError: if the batch cannot be cut for so many ranks, or the targets do not fit the model.

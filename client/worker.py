@@ -7,8 +7,8 @@ Standard output carries nothing but progress, one JSON object a line:
     {"event": "done", "digest", "metrics"}
     {"event": "error", "type", "message", "hint"}         and an exit code that is not 0
 
-What libraries print goes to standard error. With ``SEEDBED_WATCH_STDIN=1`` the process ends, with its whole process group, as
-soon as its standard input closes: that is when whoever started it is gone, even by kill -9.
+What libraries print goes to standard error. With ``SEEDBED_WATCH_STDIN=1`` the process ends, with its whole process
+group, as soon as its standard input closes: that is when whoever started it is gone, even by kill -9.
 """
 
 from __future__ import annotations

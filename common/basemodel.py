@@ -1,7 +1,7 @@
 """The frozen base model: where it lies, which one it is, and how it is loaded.
 
-Only safetensors weights are read, never pickle. The identity of a base model is a hash of its architecture and tensors, so
-that two copies in different folders, or in different shards, are the same model.
+Only safetensors weights are read, never pickle. The identity of a base model is a hash of its architecture and tensors,
+so that two copies in different folders, or in different shards, are the same model.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from seedbed.common.manifest import BaseIdentity
 
 #: Keys of a config.json that change without changing what the model computes.
 _VOLATILE = ("transformers_version", "dtype", "torch_dtype", "use_cache")
+#: Version of `_digest`; what an older one computed is forgotten.
+_HASHING = 1
 _FETCH_HINT = "Run `seedbed model fetch smollm2` first."
 
 
@@ -136,7 +138,7 @@ def identify(directory: Path, name: str) -> BaseIdentity:
 
 def _fingerprint(files: list[Path]) -> str:
     stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([_HASHING, stats]).encode()).hexdigest()
 
 
 def _digest(directory: Path, files: list[Path]) -> str:
@@ -183,7 +185,8 @@ def load(config: BaseModelConfig, device: torch.device | str | None = None) -> t
         device: where the weights go; none is the fastest device of this machine.
 
     Returns:
-        the model, in evaluation mode and without gradients, and a tokenizer that has a padding token and pads on the right.
+        the model, in evaluation mode and without gradients, and a tokenizer that has a padding token and pads on the
+        right.
 
     Raises:
         ModelError: if it cannot be found or loaded.

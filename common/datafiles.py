@@ -27,10 +27,12 @@ def read_examples(location: str | Path) -> list[Example]:
     """Read every example of a file or of a hub data set's split `train`.
 
     Args:
-        location: a .jsonl (.json, .ndjson), .parquet or .csv file; else a hub id, ``owner/name`` or ``owner/name:config``.
+        location: a .jsonl (.json, .ndjson), .parquet or .csv file; else a hub id, ``owner/name`` or
+            ``owner/name:config``.
 
     Raises:
-        DataError: naming file and line, if anything there is missing, malformed, of no known shape, or if there is nothing.
+        DataError: naming file and line, if anything there is missing, malformed or of no known shape, or if there is
+            nothing.
     """
     path = Path(location).expanduser()
     reader = _READERS.get(path.suffix.lower())
@@ -139,7 +141,7 @@ def _csv(path: Path) -> Iterator[Row]:
 
 
 def _typed(record: dict[str, str], where: str) -> dict[str, Any]:
-    """A CSV record, whose fields are all strings, with `choices` as a list and `label` as an integer; empty is absent."""
+    """A CSV record, all strings, with `choices` as a list and `label` as an integer; an empty field is absent."""
     typed: dict[str, Any] = {key: value for key, value in record.items() if value != ""}
     if "choices" in typed:
         try:
@@ -152,8 +154,8 @@ def _typed(record: dict[str, str], where: str) -> dict[str, Any]:
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     number = 0
     try:

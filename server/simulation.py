@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import yaml
 from flwr.app import Context
 from flwr.clientapp import ClientApp
@@ -41,6 +42,7 @@ NODES_VARIABLE = "SEEDBED_NODES"
 _SUFFIXES = (".jsonl", ".parquet", ".csv")
 EMBEDDED_TRAIN, EMBEDDED_TEST = 1000, 200
 """Examples of each embedded task."""
+_STRAGGLER_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,7 @@ def simulate(
         SeedbedError: whatever `work` raises.
     """
     cancelled = threading.Event()
+    over = threading.Event()
     raised: list[BaseException] = []
     server_app = ServerApp()
 
@@ -166,6 +169,7 @@ def simulate(
             work(GridWorkforce(grid, cancelled))
         except BaseException as error:  # brought to the caller as it is: Flower would only log it
             raised.append(error)
+        threading.Thread(target=_end_stragglers, args=(over,), daemon=True).start()
 
     os.environ[NODES_VARIABLE] = str(run.root / "nodes")
     with _quiet_dependencies(), _temporary_ray_directory() as ray_directory, _hard_interrupt():
@@ -178,6 +182,8 @@ def simulate(
                     f"the simulation engine failed: {type(error.__cause__ or error).__name__}: {error.__cause__ or error}",
                     "See whether Ray can start on this machine (memory, ports, /tmp), then continue with --resume.",
                 ) from error
+        finally:
+            over.set()
     if raised:
         raise raised[0]
 
@@ -204,6 +210,16 @@ def _backend(workers: int, ray_directory: str) -> dict[str, Any]:
         },
         "client_resources": {"num_cpus": 1, "num_gpus": gpus / workers},
     }
+
+
+def _end_stragglers(over: threading.Event) -> None:
+    """Flower's engine waits for every participant at the end, even for one that hangs and that nobody waits for."""
+    if over.wait(_STRAGGLER_SECONDS):
+        return
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::"):
+                process.kill()
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def test_module_by_module_gives_the_same_as_whole_adapters(method: Method) -> No
     apart: dict[str, LoraFactors] = {}
     for name in ("a", "b"):
         apart |= method.function([Adapter({name: adapter[name]}) for adapter in inputs], None, Options())
-    assert distance(method.function(inputs, None, Options()), Adapter(apart)) == 0
+    assert distance(method.function(inputs, None, Options()), Adapter(apart)) < 1e-12
 
 
 @every_method

@@ -1,0 +1,220 @@
+"""Merging by truncated SVD, side by side: Seedbed's factored form and PEFT's ``add_weighted_adapter(combination_type="svd")``.
+
+Eight LoRA adapters of rank 16 on one square linear layer are averaged and cut to rank 16 again, in one run, in turn. Every
+measurement has a process of its own, so that memory is what this work took: peak resident set minus the resident set
+before. The error is that of the result against the best rank-16 approximation in float64.
+
+    python tests/bench/bench_merge.py [--json FILE] [--sizes 1024,2048] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+N, RANK = 8, 16
+REPEATS = {"seedbed": 30, "peft": {1024: 3, 2048: 2}}
+GOALS = {1024: {"speed": 80.0, "memory": 50.0}, 2048: {"speed": 500.0, "memory": 50.0}}
+
+
+def make_inputs(size: int) -> list[tuple[Any, Any]]:
+    """Eight pairs A [16, size], B [size, 16], the same in every process."""
+    import torch
+
+    generator = torch.Generator().manual_seed(size)
+    return [
+        (torch.randn(RANK, size, generator=generator) / size**0.5, torch.randn(size, RANK, generator=generator))
+        for _ in range(N)
+    ]
+
+
+def prepare_seedbed(size: int) -> Callable[[], tuple[Any, Any]]:
+    """A call that merges and gives ``(A, B)`` of the result, whose update is ``B · A``."""
+    from seedbed.common.adapter import Adapter, LoraFactors
+    from seedbed.server.merging import METHODS, Options
+
+    adapters = [Adapter({"layer": LoraFactors(A, B, 1.0)}) for A, B in make_inputs(size)]
+
+    def merge() -> tuple[Any, Any]:
+        merged = METHODS["svd"].function(adapters, None, Options(rank=RANK))["layer"]
+        return merged.A, merged.B * merged.scaling
+
+    return merge
+
+
+def prepare_peft(size: int) -> Callable[[], tuple[Any, Any]]:
+    """As `prepare_seedbed`, by PEFT, with its defaults."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model = torch.nn.Sequential()
+    model.add_module("layer", torch.nn.Linear(size, size, bias=False))
+    names = [f"expert{index}" for index in range(N)]
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["layer"])
+    wrapped = get_peft_model(model, config, adapter_name=names[0])
+    for name in names[1:]:
+        wrapped.add_adapter(name, config)
+    layer = wrapped.base_model.model.layer
+    for name, (A, B) in zip(names, make_inputs(size), strict=True):
+        layer.lora_A[name].weight.data, layer.lora_B[name].weight.data = A, B
+
+    def merge() -> tuple[Any, Any]:
+        if "merged" in wrapped.peft_config:
+            wrapped.delete_adapter("merged")
+        with torch.no_grad():
+            wrapped.base_model.add_weighted_adapter(names, [1 / N] * N, "merged", combination_type="svd", svd_rank=RANK)
+        return layer.lora_A["merged"].weight.detach(), layer.lora_B["merged"].weight.detach()
+
+    return merge
+
+
+PREPARE = {"seedbed": prepare_seedbed, "peft": prepare_peft}
+
+
+def measure(side: str, size: int, repeats: int) -> dict[str, Any]:
+    """In a process of its own: peak memory of the first merge at this size, then the times of `repeats` more, and the error."""
+    import torch
+
+    PREPARE[side](64)()  # loads the libraries' code and buffers, so that they are not counted as the merge's
+    merge = PREPARE[side](size)
+    with _PeakMemory() as memory:
+        start = time.perf_counter()
+        A, B = merge()
+        first = time.perf_counter() - start
+    times = [] if side == "seedbed" else [first]
+    while len(times) < repeats:
+        start = time.perf_counter()
+        merge()
+        times.append(time.perf_counter() - start)
+    return {"seconds": times, "bytes": memory.extra, "error": _error(A.double(), B.double(), size, torch)}
+
+
+class _PeakMemory:
+    """Peak resident bytes above those at the beginning: the kernel's high-water mark where it can be reset, else sampled."""
+
+    def __enter__(self) -> _PeakMemory:
+        import gc
+
+        import psutil
+
+        gc.collect()
+        self._process = psutil.Process()
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self._exact = True
+        except OSError:
+            self._exact = False
+        self._before = self._peak = self._process.memory_info().rss
+        self._done = threading.Event()
+        self._sampler = threading.Thread(target=self._sample, daemon=True)
+        if not self._exact:
+            self._sampler.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        if self._exact:
+            status = Path("/proc/self/status").read_text()
+            line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+            self._peak = int(line.split()[1]) * 1024
+        else:
+            self._sampler.join()
+        self.extra = max(0, self._peak - self._before)
+
+    def _sample(self) -> None:
+        while not self._done.wait(0.0005):
+            self._peak = max(self._peak, self._process.memory_info().rss)
+
+
+def _error(A: Any, B: Any, size: int, torch: Any) -> float:
+    """Relative Frobenius distance to the best rank-16 approximation, in float64 and with no code of either side.
+
+    The exact mean is ``L · R`` with L [size, 128], R [128, size]. Its right singular vectors span R's rows, so the dense SVD of
+    ``L · R`` seen in an orthonormal basis of those rows is its SVD.
+    """
+    pairs = make_inputs(size)
+    L, R = torch.cat([b for _, b in pairs], 1).double() / N, torch.cat([a for a, _ in pairs], 0).double()
+    basis = torch.linalg.qr(R.T).Q
+    U, S, Vh = torch.linalg.svd(L @ (R @ basis), full_matrices=False)
+    best = (U[:, :RANK] * S[:RANK]) @ (Vh[:RANK] @ basis.T)
+    return float(torch.linalg.norm(B @ A - best) / torch.linalg.norm(best))
+
+
+def run_side(side: str, size: int, repeats: int, threads: int) -> dict[str, Any]:
+    """Measure in a fresh interpreter."""
+    import os
+
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, "--side", side, "--sizes", str(size), "--repeats", str(repeats)]
+    output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
+    return result
+
+
+def compare(size: int, threads: int) -> dict[str, Any]:
+    """Both sides in turn: a round of Seedbed's before and after PEFT's, so that a change of the machine shows as spread."""
+    repeats = REPEATS["peft"].get(size, 1)  # type: ignore[attr-defined]
+    ours = [run_side("seedbed", size, REPEATS["seedbed"], threads)]  # type: ignore[arg-type]
+    theirs = run_side("peft", size, repeats, threads)
+    ours.append(run_side("seedbed", size, REPEATS["seedbed"], threads))  # type: ignore[arg-type]
+    seconds = [time for side in ours for time in side["seconds"]]
+    quartiles = statistics.quantiles(seconds, n=4)
+    middle = statistics.median(theirs["seconds"])
+    return {
+        "size": size,
+        "seedbed": {"seconds": seconds, "bytes": max(side["bytes"] for side in ours), "error": ours[0]["error"]},
+        "peft": theirs,
+        "speed": middle / statistics.median(seconds),
+        "speed_spread": [min(theirs["seconds"]) / quartiles[2], max(theirs["seconds"]) / quartiles[0]],
+        "memory": theirs["bytes"] / max(1, max(side["bytes"] for side in ours)),
+        "goals": GOALS.get(size, {}),
+    }
+
+
+def show(rows: list[dict[str, Any]], threads: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"Mean of {N} adapters of rank {RANK}, cut to rank {RANK}; {threads} threads"
+    table = Table("layer", "", "median time", "extra memory", "error to float64", "faster (spread)", "less memory", title=title)
+    for row in rows:
+        for side in ("peft", "seedbed"):
+            seconds = statistics.median(row[side]["seconds"])
+            cells = [f"{seconds * 1e3:,.1f} ms", f"{row[side]['bytes'] / 1e6:,.1f} MB", f"{row[side]['error']:.1e}"]
+            low, high = row["speed_spread"]
+            ratios = [f"{row['speed']:,.0f}× ({low:,.0f}–{high:,.0f})", f"{row['memory']:,.0f}×"]
+            table.add_row(f"{row['size']}²", side, *cells, *(ratios if side == "seedbed" else []))
+        if row["goals"]:
+            table.add_row("", "goal", "", "", "", f"{row['goals']['speed']:,.0f}×", f"{row['goals']['memory']:,.0f}×")
+        table.add_section()
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the measurements to this file")
+    parser.add_argument("--sizes", default="1024,2048", help="sides of the square layers")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--side", choices=sorted(PREPARE), help=argparse.SUPPRESS)
+    parser.add_argument("--repeats", type=int, default=1, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    sizes = [int(size) for size in options.sizes.split(",")]
+    if options.side:
+        print(json.dumps(measure(options.side, sizes[0], options.repeats)))
+        return
+    rows = [compare(size, options.threads) for size in sizes]
+    show(rows, options.threads)
+    if options.json:
+        options.json.write_text(json.dumps({"threads": options.threads, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
