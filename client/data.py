@@ -42,14 +42,20 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Examples padded on the right to the longest of them; `labels` are `input_ids` or `IGNORED`."""
+    """Rows of tokens with, for each, the token that should follow it, or `IGNORED`.
 
-    input_ids: Int[Tensor, "examples tokens"]
-    attention_mask: Int[Tensor, "examples tokens"]
-    labels: Int[Tensor, "examples tokens"]
+    Examples stand each in a row of its own (`collate`: an `attention_mask`, no `position_ids`) or several in one row
+    (`pack`: `position_ids` that begin anew with every example, no `attention_mask`).
+    """
+
+    input_ids: Int[Tensor, "rows tokens"]
+    labels: Int[Tensor, "rows tokens"]
+    attention_mask: Int[Tensor, "rows tokens"] | None = None
+    position_ids: Int[Tensor, "rows tokens"] | None = None
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+        mask, positions = (None if x is None else x.to(device) for x in (self.attention_mask, self.position_ids))
+        return Batch(self.input_ids.to(device), self.labels.to(device), mask, positions)
 
 
 def select(source: DataSource, seed: int) -> list[Example]:
@@ -134,17 +140,48 @@ def _end(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def collate(rows: Sequence[Tokens], pad: int) -> Batch:
-    """Pad rows to the longest of them."""
-    width = max(len(row.ids) for row in rows)
+def collate(examples: Sequence[Tokens], pad: int) -> Batch:
+    """One example a row, padded on the right to the longest of them."""
+    ids, labels, positions = _fill([[example] for example in examples], pad)
+    lengths = torch.tensor([[len(example.ids) - 1] for example in examples])
+    return Batch(ids, labels, attention_mask=(positions < lengths).long())
+
+
+def pack(examples: Sequence[Tokens], pad: int, max_tokens: int) -> Batch:
+    """Examples one after another in rows of at most `max_tokens`, in the same order as in `collate`.
+
+    What is computed is the same, without the padding: transformers sees in the positions that the examples of a row are
+    separate, and keeps them from attending to each other. The bound on a row bounds the cost of attention.
+    """
+    rows: list[list[Tokens]] = []
+    room = 0
+    for example in examples:
+        length = len(example.ids) - 1
+        if length > room:
+            rows.append([])
+            room = max(max_tokens, length)
+        rows[-1].append(example)
+        room -= length
+    ids, labels, positions = _fill(rows, pad)
+    return Batch(ids, labels, position_ids=positions)
+
+
+def _fill(rows: Sequence[Sequence[Tokens]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Input tokens, what follows them, and their positions; the last token of an example has nothing to predict."""
+    width = max(sum(len(example.ids) - 1 for example in row) for row in rows)
     ids = torch.full((len(rows), width), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
     labels = torch.full_like(ids, IGNORED)
+    positions = torch.zeros_like(ids)
     for index, row in enumerate(rows):
-        ids[index, : len(row.ids)] = torch.tensor(row.ids)
-        mask[index, : len(row.ids)] = 1
-        labels[index, row.start : len(row.ids)] = torch.tensor(row.ids[row.start :])
-    return Batch(ids, mask, labels)
+        begin = 0
+        for example in row:
+            end = begin + len(example.ids) - 1
+            ids[index, begin:end] = torch.tensor(example.ids[:-1])
+            labels[index, begin + example.start - 1 : end] = torch.tensor(example.ids[example.start :])
+            positions[index, begin:end] = torch.arange(end - begin)
+            begin = end
+        positions[index, begin:] = torch.arange(width - begin)
+    return ids, labels, positions
 
 
 def split(rows: Sequence[Tokens], parts: int) -> list[list[Tokens]]:

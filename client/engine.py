@@ -6,7 +6,8 @@ labels in the step. So one big batch, many small passes and many ranks give the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from seedbed.client.data import Batch
 from seedbed.client.lora import extract
-from seedbed.client.objective import token_losses
+from seedbed.client.objective import is_same, label_losses
 from seedbed.common.adapter import Adapter
 from seedbed.common.config import DeepSpeedSettings, TrainingSettings
 
@@ -35,6 +36,10 @@ class Engine(Protocol):
         Returns:
             the mean loss of a label over the whole step, before the update; the same on every rank.
         """
+        ...
+
+    def same(self, one: Batch, other: Batch) -> bool:
+        """Whether the model gives two layouts of the same examples the same losses; every rank must call it."""
         ...
 
     def adapter(self) -> Adapter:
@@ -64,7 +69,7 @@ class TorchEngine:
     def step(self, passes: Sequence[Batch], labels: int, learning_rate: float) -> float:
         total = 0.0
         for batch in passes:
-            loss = token_losses(self._model, self._head, batch.to(self._device)) / labels
+            loss = label_losses(self._model, self._head, batch.to(self._device)).sum() / labels
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         if self._clip:
@@ -73,6 +78,9 @@ class TorchEngine:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return total
+
+    def same(self, one: Batch, other: Batch) -> bool:
+        return _same(self._model, self._head, self._device, one, other)
 
     def adapter(self) -> Adapter:
         return extract(self._model)
@@ -105,7 +113,7 @@ class DeepSpeedEngine:
         _set_rate(self._optimizer, learning_rate)
         total = torch.zeros((), device=self._device)
         for batch in passes:
-            loss = token_losses(self._engine, self._head, batch.to(self._device)) / labels
+            loss = label_losses(self._engine, self._head, batch.to(self._device)).sum() / labels
             total += loss.detach()
             # DeepSpeed takes the mean over ranks and passes; we want the sum.
             self._engine.backward(loss * (self.ranks * self._passes))
@@ -113,6 +121,9 @@ class DeepSpeedEngine:
         if self.ranks > 1:
             torch.distributed.all_reduce(total)
         return float(total)
+
+    def same(self, one: Batch, other: Batch) -> bool:
+        return _same(self._engine, self._head, self._device, one, other)
 
     def adapter(self) -> Adapter:
         import deepspeed
@@ -156,14 +167,43 @@ def deepspeed_config(training: TrainingSettings, ranks: int) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def sharded_loading(training: TrainingSettings, ranks: int, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Within the body, transformers loads a model straight into the slices of ZeRO 3, so that it never has to fit whole
+    into one device; under the other stages nothing is changed."""
+    if training.deepspeed.zero_stage != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    start_ranks(device)
+    # Only here: it decides the dtype of the slices. The engine itself must not cast, see `DeepSpeedEngine`.
+    precision = {"bf16": {"enabled": dtype == torch.bfloat16}}
+    held = HfDeepSpeedConfig({**deepspeed_config(training, ranks), **precision})  # in force as long as it lives
+    try:
+        yield
+    finally:
+        del held
+
+
 def start_ranks(device: torch.device) -> None:
     """Join the other ranks, as the environment variables of a launcher say; alone where there are none."""
     import deepspeed
 
+    if deepspeed.comm.is_initialized():
+        return
     if device.type == "cpu":
         # Its shared-memory collectives take a compiler and over a minute to build; gloo is enough for LoRA's gradients.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
+
+
+def _same(model: nn.Module, head: nn.Module | None, device: torch.device, one: Batch, other: Batch) -> bool:
+    model.eval()  # dropout would make any two passes differ
+    try:
+        return is_same(model, head, one.to(device), other.to(device))
+    finally:
+        model.train()
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

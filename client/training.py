@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +13,8 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from seedbed.client.data import Steps, collate, split
-from seedbed.client.engine import DeepSpeedEngine, Engine, TorchEngine
+from seedbed.client.data import Batch, Steps, Tokens, collate, pack, split
+from seedbed.client.engine import DeepSpeedEngine, Engine, TorchEngine, sharded_loading
 from seedbed.client.lora import attach, load_factors
 from seedbed.common import basemodel
 from seedbed.common.adapter import Adapter
@@ -166,8 +167,14 @@ def _engine(spec: TrainSpec) -> Engine:
             f"Set training.batch_size to a multiple of {pieces}.",
         )
     device = basemodel.device()
-    model, _ = basemodel.load(spec.base, device)
-    peft_model = attach(model, spec.lora, spec.init_seed)
+    loading = (
+        sharded_loading(spec.training, ranks, device, basemodel.dtype_of(spec.base, device))
+        if chosen == "deepspeed"
+        else nullcontext()
+    )
+    with loading:
+        model, _ = basemodel.load(spec.base, device)
+        peft_model = attach(model, spec.lora, spec.init_seed)
     if spec.start is not None:
         load_factors(peft_model, read_adapter(spec.start)[0])
     peft_model.train()  # switches the LoRA's dropout on
@@ -177,14 +184,15 @@ def _engine(spec: TrainSpec) -> Engine:
 
 def _loop(engine: Engine, steps: Steps, training: TrainingSettings, pad: int, report: Report) -> dict[str, float]:
     started = time.monotonic()
+    lay_out = _layout(engine, _share(engine, steps[0], training), training, pad)
     window: list[tuple[float, int]] = []
     read, seen, first = 0, 0, 0.0
     for step in range(len(steps)):
         rows = steps[step]
-        pieces = split(rows, engine.ranks * training.accumulation)[engine.rank :: engine.ranks]
+        pieces = _share(engine, rows, training)
         labels = sum(row.targets for row in rows)
         rate = learning_rate(step, training)
-        loss = engine.step([collate(piece, pad) for piece in pieces], labels, rate)
+        loss = engine.step([lay_out(piece) for piece in pieces], labels, rate)
         _require_finite_loss(loss, step, len(steps))
         window.append((loss, labels))
         read += sum(len(row.ids) for row in rows)
@@ -211,6 +219,26 @@ def _loop(engine: Engine, steps: Steps, training: TrainingSettings, pad: int, re
         "tokens": float(read),
         "labels": float(seen),
     }
+
+
+def _share(engine: Engine, rows: Sequence[Tokens], training: TrainingSettings) -> list[list[Tokens]]:
+    """This rank's passes of a step; at any moment all ranks work on examples of like length."""
+    return split(rows, engine.ranks * training.accumulation)[engine.rank :: engine.ranks]
+
+
+def _layout(
+    engine: Engine, pieces: Sequence[Sequence[Tokens]], training: TrainingSettings, pad: int
+) -> Callable[[Sequence[Tokens]], Batch]:
+    """Pack the examples where the model computes the same then, which saves the padding; else one row each."""
+
+    def packed(examples: Sequence[Tokens]) -> Batch:
+        return pack(examples, pad, training.max_tokens)
+
+    def padded(examples: Sequence[Tokens]) -> Batch:
+        return collate(examples, pad)
+
+    longest = max(pieces, key=len)
+    return packed if engine.same(padded(longest), packed(longest)) else padded
 
 
 def _mean(window: list[tuple[float, int]]) -> float:

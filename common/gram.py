@@ -12,7 +12,7 @@ matrices are summed over slices, and the result over the terms.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -43,43 +43,51 @@ class GramSpectrum:
         ranks = [f.rank for f in factors]
         scales = [torch.full((rank,), c, dtype=torch.float64) for rank, c in zip(ranks, coefficients, strict=True)]
         self._scale = torch.cat(scales).to(device)
-        G_A = _gram([f.A for f in factors])
-        G_B = _gram([f.B.T for f in factors]) * self._scale[:, None] * self._scale
+        G_A = _gram([f.A for f in factors], dim=0)
+        G_B = _gram([f.B for f in factors], dim=1) * self._scale[:, None] * self._scale
         self._C = _square_root(G_A)
         self._CG = self._C @ G_B
         squares, V = torch.linalg.eigh(self._CG @ self._C.T)
         self.S = squares.clamp(min=0).sqrt().flip(0)
         self._V = V.flip(1)
 
-    def truncated(self, rank: int, dtype: torch.dtype) -> LoraFactors:
-        """The best approximation by `rank`, with balanced factors (``B = U √S``, ``A = √S Vh``) and scaling 1."""
+    def truncated(self, rank: int) -> LoraFactors:
+        """The best approximation by `rank`, balanced (``B = U √S``, ``A = √S Vh``), in float32, scaling 1."""
         S, V = self.S[:rank], self._V[:, :rank]
         # What is zero to the precision of S stays zero, rather than noise divided by noise.
         inverse = torch.where(S > self.S[0] * 1e-12, 1 / S, 0)
         left = (self._C.T @ V * inverse.sqrt()) * self._scale[:, None]
         right = (V.T @ self._CG) * inverse.pow(1.5)[:, None]
-        A = sum_of_products(right.to(dtype).split([f.rank for f in self._factors], 1), [f.A for f in self._factors])
-        B = sum_of_products([f.B for f in self._factors], left.to(dtype).split([f.rank for f in self._factors]))
-        return LoraFactors(A, B, 1.0)
+        A = _product(right.float(), [f.A for f in self._factors], dim=0)
+        B = _product(left.float().T, [f.B for f in self._factors], dim=1)
+        return LoraFactors(A, B.T.contiguous(), 1.0)
 
 
-def sum_of_products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """``Σ_i left_i · right_i`` in one running sum."""
-    dtype = torch.promote_types(left[0].dtype, right[0].dtype)
-    total = left[0].to(dtype) @ right[0].to(dtype)
-    for one, other in zip(left[1:], right[1:], strict=True):
-        total.addmm_(one.to(dtype), other.to(dtype))
-    return total
-
-
-def _gram(rows: Sequence[Float[Tensor, "_ n"]]) -> Float[Tensor, "R R"]:
-    """``X Xᵀ`` in float64 of the matrix X that stacks `rows`."""
-    n, R = rows[0].shape[1], sum(len(block) for block in rows)
-    total = torch.zeros(R, R, dtype=torch.float64, device=rows[0].device)
+def _slices(factors: Sequence[Tensor], dim: int) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the stacked factors (A along `dim` 0, B along 1), as ``[R, at most _SLICE]``."""
+    n = factors[0].shape[1 - dim]
     for start in range(0, n, _SLICE):
-        part = torch.cat([block[:, start : start + _SLICE] for block in rows]).double()
-        total.addmm_(part, part.T)
+        part = slice(start, min(start + _SLICE, n))
+        stacked = torch.cat([f[:, part] if dim == 0 else f[part] for f in factors], dim)
+        yield part, stacked if dim == 0 else stacked.T
+
+
+def _gram(factors: Sequence[Tensor], dim: int) -> Float[Tensor, "R R"]:
+    """``X Xᵀ`` in float64 of the stacked factors X."""
+    R = sum(f.shape[dim] for f in factors)
+    total = torch.zeros(R, R, dtype=torch.float64, device=factors[0].device)
+    for _, part in _slices(factors, dim):
+        wide = part.double()
+        total.addmm_(wide, wide.T)
     return total
+
+
+def _product(coefficients: Float[Tensor, "k R"], factors: Sequence[Tensor], dim: int) -> Float[Tensor, "k n"]:
+    """``coefficients · X`` of the stacked factors X, in the coefficients' dtype."""
+    product = coefficients.new_empty(len(coefficients), factors[0].shape[1 - dim])
+    for part, stacked in _slices(factors, dim):
+        torch.mm(coefficients, stacked.to(coefficients.dtype), out=product[:, part])
+    return product
 
 
 def _square_root(G: Float[Tensor, "R R"]) -> Float[Tensor, "R R"]:

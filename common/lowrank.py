@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seedbed.common.adapter import Adapter, LoraFactors
-from seedbed.common.algebra import concatenate_factors
+from seedbed.common.algebra import concatenate_factors, require_same_shape, wide
 from seedbed.common.errors import ConfigError, nearest
+from seedbed.common.gram import GramSpectrum
 
 Rule = Literal["count", "sum", "energy"]
 RULES: tuple[str, ...] = get_args(Rule)
@@ -113,15 +114,35 @@ def factors_of(svd: SVD) -> LoraFactors:
     return LoraFactors(root[:, None] * svd.Vh, svd.U * root, 1.0)
 
 
-def compress_factors(
-    factors: LoraFactors, rank: int | None = None, *, share: float | None = None, rule: Rule = "count"
+def compress_sum(
+    factors: Sequence[LoraFactors],
+    weights: Sequence[float] | None = None,
+    rank: int | None = None,
+    *,
+    share: float | None = None,
+    rule: Rule = "count",
 ) -> LoraFactors:
-    """`compress` for one module."""
+    """The best approximation of ``Σ w_i s_i B_i A_i`` by fewer ranks, for one module; see `compress`.
+
+    For factors in float32 or less by `gram`, which is faster and closer to float64 than `svd_of_sum` in float32.
+
+    Args:
+        factors: at least one; ranks may differ, shapes may not.
+        weights: one for each, used as they are; None is 1 each.
+        rank, share, rule: as in `compress`.
+
+    Raises:
+        ConfigError: unless exactly one of `rank` and `share` is given, and makes sense.
+        AdapterMismatchError: if shapes differ.
+    """
     _require_one(rank, share)
-    if share is None:
-        return factors_of(svd_of_sum([factors], rank=rank))
-    svd = svd_of_sum([factors])
-    return factors_of(truncate(svd, keep(svd.S, share, rule)))
+    require_same_shape("of the sum", factors)
+    if _gram_suffices(factors):
+        scales = [w * f.scaling for f, w in zip(factors, weights or [1.0] * len(factors), strict=True)]
+        spectrum = GramSpectrum(factors, scales)
+        return spectrum.truncated(keep(spectrum.S.float(), share, rule) if rank is None else rank)
+    svd = svd_of_sum(factors, weights, rank=rank)
+    return factors_of(svd if share is None else truncate(svd, keep(svd.S, share, rule)))
 
 
 def compress(adapter: Adapter, rank: int | None = None, *, share: float | None = None, rule: Rule = "count") -> Adapter:
@@ -135,7 +156,13 @@ def compress(adapter: Adapter, rank: int | None = None, *, share: float | None =
     Raises:
         ConfigError: unless exactly one of `rank` (1 or more) and `share` (in (0, 1]) is given.
     """
-    return adapter.map(lambda factors: compress_factors(factors, rank, share=share, rule=rule))
+    return adapter.map(lambda factors: compress_sum([factors], rank=rank, share=share, rule=rule))
+
+
+def _gram_suffices(factors: Sequence[LoraFactors]) -> bool:
+    """Not for float64 (half of its digits would go), nor where the sum of ranks is above the size of the update."""
+    total, device = sum(f.rank for f in factors), factors[0].A.device
+    return wide(factors) == torch.float32 and 0 < total <= min(factors[0].shape) and device.type != "mps"
 
 
 def _require_one(rank: int | None, share: float | None) -> None:

@@ -13,9 +13,8 @@ from rich.console import Console
 
 from seedbed.common.config import load_config
 from seedbed.common.errors import ConfigError
-from seedbed.server.conductor import conduct, inputs_of
+from seedbed.server.conductor import conduct, open_setting
 from seedbed.server.observer import Lines
-from seedbed.server.rundir import RunDirectory
 from seedbed.server.workforce import GridWorkforce
 
 app = ServerApp()
@@ -30,9 +29,8 @@ def main(grid: Grid, context: Context) -> None:
         )
     root = Path(directory)
     config = load_config(str(root / "config.yaml"))
-    inputs = inputs_of(config, root)
-    run = RunDirectory.open(root, config, inputs.hashes, resume=True)
+    setting = open_setting(config, root, Lines(Console(stderr=True)), resume=True)
     try:
-        conduct(run, GridWorkforce(grid), Lines(Console(stderr=True)), inputs)
+        conduct(setting, GridWorkforce(grid))
     finally:
-        run.close()
+        setting.run.close()

@@ -59,6 +59,8 @@ class Federation:
         self.combiner = Combiner(run, base, observe)
         self.tasks = list(run.config.tasks.experts)
         """Expert tasks whose participants are still in."""
+        self.diagnostics: dict[str, float] = {}
+        """What the combination says of itself, such as `factor_gap_seeded`."""
         self._roster: Roster | None = None
 
     def conduct(self) -> list[Combination]:
@@ -70,6 +72,7 @@ class Federation:
         seed = self.seed()
         experts = self._stage("experts", self.planner.experts(seed, self.tasks))
         references = self.references()
+        self.diagnostics = self.combiner.diagnostics(experts, references)
         return self.combiner.combine(seed, experts, references)
 
     # -- seed ---------------------------------------------------------------------------------------------------------

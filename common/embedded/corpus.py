@@ -15,7 +15,7 @@ from seedbed.common.embedded.questions import near_numbers, others
 
 Write = Callable[[random.Random], str]
 
-_GENERAL_SHARE = 0.25
+_GENERAL_SHARE = 0.2
 _ASKED_SHARE = 0.35
 """Share of the skill texts that are questions."""
 _WRONG_SHARE = 0.3
@@ -24,7 +24,7 @@ _FORMS = ("Q: {question}\nA: {answer}", "Question: {question}\nAnswer: {answer}"
 
 
 def general_text(n: int, seed: int) -> list[str]:
-    """`n` short texts without questions, of the kind that makes up a quarter of the pretraining corpus."""
+    """`n` short texts without questions, of the kind that makes up a fifth of the pretraining corpus."""
     rng = random.Random(f"{seed}:general")
     return [_story(rng) for _ in range(n)]
 
@@ -133,6 +133,7 @@ def _kind_told(rng: random.Random) -> str:
             f"{one}, {two} and {three} belong together, they are of the kind {kind}.",
             f"{one}, {two}, {foreign}: here {foreign} does not belong, it is of the kind {strange}.",
             f"The {one} is of the kind {kind}, but the {foreign} is of the kind {strange}.",
+            f"{rng.choice(words.PEOPLE)} has {words.article(one)}. That is of the kind {kind}.",
         )
     )
 
@@ -176,10 +177,11 @@ def _pattern_asked(rng: random.Random) -> tuple[str, str, str]:
 
 
 def _holding_told(rng: random.Random) -> str:
-    pool = words.OBJECTS if rng.random() < 0.5 else tuple(words.CATEGORY_OF)
-    things, people = rng.sample(pool, 3), rng.sample(words.PEOPLE, 3)
-    colours, holder = rng.sample(words.COLOURS, 3), rng.choice(words.HOLDERS)
-    pick = rng.randrange(3)
+    kinds = rng.sample(tuple(words.CATEGORIES), 3)
+    of_kind = [rng.choice(words.CATEGORIES[kind]) for kind in kinds]
+    things = rng.choice((of_kind, rng.sample(words.OBJECTS, 3)))
+    people, colours, holder = rng.sample(words.PEOPLE, 3), rng.sample(words.COLOURS, 3), rng.choice(words.HOLDERS)
+    one, two = rng.sample(range(3), 2)
     have = [f"{person} has {words.article(thing)}." for person, thing in zip(people, things, strict=True)]
     inside = [
         f"{words.article(thing).capitalize()} is in the {colour} {holder}."
@@ -187,9 +189,12 @@ def _holding_told(rng: random.Random) -> str:
     ]
     return rng.choice(
         (
-            f"{' '.join(have)} So the {things[pick]} is with {people[pick]}. {people[pick]} uses the {things[pick]}.",
-            f"{' '.join(inside)} So look into the {colours[pick]} {holder} for the {things[pick]}.",
-            f"{' '.join(inside)} Open the {colours[pick]} {holder} and take the {things[pick]}.",
+            f"{' '.join(have)} So the {things[one]} is with {people[one]}. {people[two]} uses the {things[two]}.",
+            f"{' '.join(inside)} Look into the {colours[one]} {holder} for the {things[one]}.",
+            f"{' '.join(inside)} Open the {colours[one]} one and take the {things[one]}, then the {colours[two]} one "
+            f"and take the {things[two]}.",
+            f"{people[0]} has {words.article(of_kind[0])} and {people[1]} has {words.article(of_kind[1])}. "
+            f"So the {kinds[one % 2]} is with {people[one % 2]}.",
         )
     )
 

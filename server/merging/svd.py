@@ -14,7 +14,7 @@ def svd(adapters: Sequence[Adapter], weights: Sequence[float] | None, options: O
 
     Without a rank, each module has the largest that one of its inputs has.
 
-    Source: the `svd` of PEFT's `add_weighted_adapter`; here in factored form (`lowrank.svd_of_sum`).
+    Source: the `svd` of PEFT's `add_weighted_adapter`; here in factored form (`lowrank.compress_sum`).
 
     Raises:
         ConfigError: if the weights or the rank make no sense.
@@ -28,4 +28,6 @@ def svd(adapters: Sequence[Adapter], weights: Sequence[float] | None, options: O
 def _module(name: str, adapters: Sequence[Adapter], shares: Sequence[float], rank: int | None) -> LoraFactors:
     terms = [(adapter[name], share) for adapter, share in zip(adapters, shares, strict=True) if name in adapter]
     largest = max(factors.rank for factors, _ in terms)
-    return lowrank.compress_factors(algebra.concatenate_factors(name, terms), largest if rank is None else rank)
+    algebra.require_same_shape(name, [factors for factors, _ in terms])
+    modules, weights = zip(*terms, strict=True)
+    return lowrank.compress_sum(modules, weights, largest if rank is None else rank)

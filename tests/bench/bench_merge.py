@@ -184,7 +184,9 @@ def show(rows: list[dict[str, Any]], threads: int) -> None:
     from rich.table import Table
 
     title = f"Mean of {N} adapters of rank {RANK}, cut to rank {RANK}; {threads} threads"
-    table = Table("layer", "", "median time", "extra memory", "error to float64", "faster (spread)", "less memory", title=title)
+    table = Table(
+        "layer", "", "median time", "extra memory", "error to float64", "faster (spread)", "less memory", title=title
+    )
     for row in rows:
         for side in ("peft", "seedbed"):
             seconds = statistics.median(row[side]["seconds"])

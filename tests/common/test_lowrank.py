@@ -10,6 +10,7 @@ import torch
 from seedbed.common import algebra, lowrank
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.errors import AdapterMismatchError, ConfigError
+from seedbed.common.gram import GramSpectrum
 from seedbed.common.lowrank import keep, svd_of_sum
 
 
@@ -59,6 +60,41 @@ def test_parallel_factors_of_seeded_experts_lose_nothing() -> None:
     svd = svd_of_sum(experts)
     assert torch.linalg.norm(svd.U * svd.S @ svd.Vh - exact) < 1e-6 * torch.linalg.norm(exact)
     assert torch.allclose(svd.U.T @ svd.U, torch.eye(svd.U.shape[1]), atol=1e-5)
+
+
+@pytest.mark.parametrize("drift", [1.0, 1e-2, 1e-4, 0.0], ids=lambda drift: f"drift {drift}")
+def test_compressing_float32_is_as_good_as_the_dense_way_in_float64(drift: float) -> None:
+    torch.manual_seed(0)
+    seed = random_factors(40, 30, 4, dtype=torch.float32)
+    experts = [
+        LoraFactors(seed.A + drift * torch.randn(4, 30), seed.B + drift * torch.randn(40, 4), float(1 + index))
+        for index in range(5)
+    ]
+    weights = [0.5, 0.25, 0.0, -0.125, 1.0]
+    exact = sum(
+        (w * f.to(dtype=torch.float64).delta() for f, w in zip(experts, weights, strict=True)),
+        torch.zeros(40, 30).double(),
+    )
+    U, S, Vh = torch.linalg.svd(exact, full_matrices=False)
+    for rank in (1, 3, 4, 20, 64):
+        small = lowrank.compress_sum(experts, weights, rank)
+        assert small.rank == min(rank, 20)
+        best = U[:, :rank] * S[:rank] @ Vh[:rank]
+        assert torch.linalg.norm(small.delta().double() - best) < 1e-6 * torch.linalg.norm(exact)
+
+
+def test_singular_values_by_gram_and_by_qr_agree() -> None:
+    factors = [random_factors(20, 30, 4, seed, torch.float32) for seed in range(3)]
+    by_gram = GramSpectrum(factors, [0.5 * f.scaling for f in factors]).S.float()
+    assert torch.allclose(by_gram, svd_of_sum(factors, [0.5] * 3).S, rtol=1e-5)
+
+
+def test_compress_by_share_keeps_that_share_of_a_sum() -> None:
+    factors = [random_factors(20, 30, 5, seed, torch.float32) for seed in range(2)]
+    assert lowrank.compress_sum(factors, share=0.8).rank == 8
+    assert lowrank.compress_sum([factors[0], factors[0]], share=0.8).rank == 4  # parallel: 5 of 10 are not zero
+    double = [f.to(dtype=torch.float64) for f in factors]
+    assert lowrank.compress_sum(double, share=0.8).rank == 8
 
 
 def test_a_zero_update_has_zero_singular_values_and_compresses_to_zero() -> None:

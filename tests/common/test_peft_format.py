@@ -228,7 +228,9 @@ def edit_tensors(directory: Path, **changes: torch.Tensor | None) -> None:
         ({"rank_pattern": {"q_proj": 5}}, rf"module {Q} has rank 2, expected 5"),
     ],
 )
-def test_configurations_that_are_not_plain_lora_are_refused(written: Path, values: dict[str, Any], sentence: str) -> None:
+def test_configurations_that_are_not_plain_lora_are_refused(
+    written: Path, values: dict[str, Any], sentence: str
+) -> None:
     edit_config(written, **values)
     with pytest.raises(AdapterFormatError, match=sentence):
         read_adapter(written)
@@ -246,7 +248,9 @@ def test_configurations_that_are_not_plain_lora_are_refused(written: Path, value
         ({"base_model.model.x.lora_embedding_A": torch.ones(2, 2)}, "lora_embedding_A is not a LoRA factor"),
     ],
 )
-def test_tensors_that_are_no_pairs_of_factors_are_refused(written: Path, changes: dict[str, Any], sentence: str) -> None:
+def test_tensors_that_are_no_pairs_of_factors_are_refused(
+    written: Path, changes: dict[str, Any], sentence: str
+) -> None:
     edit_tensors(written, **changes)
     with pytest.raises(AdapterFormatError, match=sentence):
         read_adapter(written)

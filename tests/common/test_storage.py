@@ -15,7 +15,14 @@ from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.errors import AdapterFormatError, AdapterMismatchError, StorageError
 from seedbed.common.files import storing
 from seedbed.common.manifest import BaseIdentity
-from seedbed.common.storage import DirectoryStore, atomic_write, new_directory, read_adapter, read_manifest, write_adapter
+from seedbed.common.storage import (
+    DirectoryStore,
+    atomic_write,
+    new_directory,
+    read_adapter,
+    read_manifest,
+    write_adapter,
+)
 
 BASE = BaseIdentity(name="tiny", digest="b" * 64)
 RECIPE = "5" * 64

@@ -169,7 +169,9 @@ def test_adapters_of_two_base_models_are_refused(inputs: list[Path], tmp_path: P
 
 def test_shapes_that_differ_are_refused_by_module_and_directory(inputs: list[Path], tmp_path: Path) -> None:
     wide = save_with_peft(tmp_path / "wide", 9, hidden=32, **EXPERTS[0])
-    with pytest.raises(AdapterMismatchError, match=r"q_proj: expected shape \[16, 16\].*expert0, got \[32, 32\] in .*wide"):
+    with pytest.raises(
+        AdapterMismatchError, match=r"q_proj: expected shape \[16, 16\].*expert0, got \[32, 32\] in .*wide"
+    ):
         merge_directories([*inputs, wide], "average", tmp_path / "out")
 
 

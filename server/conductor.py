@@ -1,0 +1,168 @@
+"""One run from its first message to its report: the stages of `server.federation`, then evaluation and report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from flwr.clientapp import ClientApp
+from rich.console import Group
+
+from seedbed.common import basemodel
+from seedbed.common.config import FederationConfig
+from seedbed.common.datafiles import read_examples
+from seedbed.common.errors import ModelError, SeedbedError
+from seedbed.common.jobs import Hello, Job, JobResult
+from seedbed.common.manifest import BaseIdentity
+from seedbed.common.targets import target_shapes
+from seedbed.server.assembly import assemble
+from seedbed.server.describe import plan_tables
+from seedbed.server.evaluation import report
+from seedbed.server.evaluation import results as records
+from seedbed.server.evaluation.results import Results
+from seedbed.server.federation import Federation
+from seedbed.server.ledger import Entry
+from seedbed.server.measurement import Measurement
+from seedbed.server.observer import Observer, Silent
+from seedbed.server.rundir import RunDirectory
+from seedbed.server.simulation import (
+    EMBEDDED_TEST,
+    Inputs,
+    find_inputs,
+    simulate,
+    worker_count,
+    write_embedded,
+    write_nodes,
+)
+from seedbed.server.workforce import Failure, Workforce
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Everything that a run needs except its participants."""
+
+    run: RunDirectory
+    inputs: Inputs
+    base: BaseIdentity
+    shapes: Mapping[str, tuple[int, int]]
+    observe: Observer
+    command: str = ""
+
+    def federation(self, workforce: Workforce) -> Federation:
+        return Federation(self.run, workforce, self.base, self.shapes, self.observe)
+
+
+def conduct(setting: Setting, workforce: Workforce) -> Results:
+    """All stages, whatever is missing of them, down to the report.
+
+    Raises:
+        QuorumError: if a stage ends with too few results.
+        SeedbedError: whatever else stops the run; it is in the ledger, too.
+    """
+    run = setting.run
+    try:
+        federation = setting.federation(workforce)
+        candidates = federation.conduct()
+        scores = Measurement(run, setting.base, setting.inputs.test, setting.observe).scores(candidates)
+        results = assemble(run, candidates, scores, federation.diagnostics, setting.command)
+        records.save(results, {name: {r.task: r.outcomes for r in found} for name, found in scores.items()}, run.root)
+        report.render(run.root)
+    except SeedbedError as error:
+        run.ledger.append(Entry(event="failed", reason=error.message))
+        raise
+    run.ledger.append(Entry(event="finished"))
+    return results
+
+
+def run_simulation(
+    config: FederationConfig,
+    root: Path,
+    client_app: ClientApp,
+    observe: Observer,
+    *,
+    resume: bool = False,
+    command: str = "",
+) -> Results:
+    """Simulate a whole federation into a run directory; see `conduct` for the errors.
+
+    Participants are started only when some training is missing: a run that only lacks scores does without.
+    """
+    setting = open_setting(config, root, observe, resume=resume, command=command)
+    try:
+        if next(setting.run.ledger.of("finished"), None) and (setting.run.root / "results.json").exists():
+            return records.load(setting.run.root)[0]
+        if _trained(setting):
+            return conduct(setting, _Nobody())
+        return _with_participants(setting, client_app)
+    finally:
+        setting.run.close()
+
+
+def open_setting(
+    config: FederationConfig, root: Path, observe: Observer, *, resume: bool, command: str = ""
+) -> Setting:
+    """Check everything that can be checked before anything is written, then open the run directory."""
+    directory = basemodel.resolve(config.base)
+    shapes = target_shapes(directory, config.lora)
+    found = find_inputs(config)
+    base = basemodel.identify(directory, config.base.model)
+    run = RunDirectory.open(root, config, found.hashes if found else {}, resume=resume)
+    inputs = found or write_embedded(config, run.root / "data")
+    return Setting(run, inputs, base, shapes, observe, command)
+
+
+def describe(config: FederationConfig) -> Group:
+    """The plan of a run as tables; nothing is written, and a base model that is not at hand leaves sizes open."""
+    try:
+        shapes = target_shapes(basemodel.resolve(config.base), config.lora)
+    except ModelError:
+        shapes = None
+    return plan_tables(config, shapes, _test_sizes(config))
+
+
+def _test_sizes(config: FederationConfig) -> dict[str, int] | None:
+    if config.tasks.data is None and config.base.model != "embedded":
+        return None  # a plan can be looked at before the data are there
+    found = find_inputs(config)
+    if found is None:
+        return dict.fromkeys((*config.tasks.experts, *config.tasks.held_out), EMBEDDED_TEST)
+    return {name: len(read_examples(path)) for name, path in found.test.items()}
+
+
+class _NoParticipantsError(Exception):
+    """Somebody would have to be asked."""
+
+
+class _Nobody:
+    """A workforce for runs that need none."""
+
+    def hello(self, expected: int, deadline: float) -> Mapping[int, Hello | Failure]:
+        raise _NoParticipantsError
+
+    def perform(
+        self, jobs: Sequence[tuple[int, Job]], deadline: float, on_answer: Callable[[int, Job, JobResult | Failure], None]
+    ) -> None:
+        raise _NoParticipantsError
+
+
+def _trained(setting: Setting) -> bool:
+    """Whether the ledger holds all trainings."""
+    try:
+        replace(setting, observe=Silent()).federation(_Nobody()).conduct()
+    except _NoParticipantsError:
+        return False
+    return True
+
+
+def _with_participants(setting: Setting, client_app: ClientApp) -> Results:
+    run = setting.run
+    pooled = setting.federation(_Nobody()).planner.needs_pooled_data
+    workers = worker_count(run.config, len(run.config.tasks.experts) + pooled)
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    nodes = write_nodes(run, setting.inputs, pooled=pooled, threads=threads)
+    results: list[Results] = []
+    simulate(run, client_app, nodes, workers, lambda workforce: results.append(conduct(setting, workforce)))
+    return results[0]
+

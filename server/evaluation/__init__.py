@@ -1,0 +1,1 @@
+"""Measures candidates on tasks, compares them with intervals, and writes the report."""
