@@ -65,7 +65,7 @@ def _node(context: Context) -> Node:
     else:
         raise ConfigError(
             "this participant does not know its node file",
-            'Start the SuperNode with --node-config \'seedbed-node="FILE.yaml"\'.',
+            "Start the SuperNode with --node-config 'seedbed-node=\"FILE.yaml\"'.",
         )
     try:
         return Node.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -19,8 +19,8 @@ _NEARLY_SAME = 0.25
 def label_losses(model: nn.Module, head: nn.Module | None, batch: Batch) -> Float[Tensor, " labels"]:
     """Cross-entropy of every label of a batch, in float32, row after row.
 
-    They are summed and divided by the number of labels in a whole optimizer step, so that the loss does not depend on how
-    that step is cut into passes and ranks.
+    They are summed and divided by the number of labels in a whole optimizer step, so that the loss does not depend on
+    how that step is cut into passes and ranks.
 
     Args:
         model: a causal LM, bare or wrapped.

@@ -237,8 +237,9 @@ def _layout(
     def padded(examples: Sequence[Tokens]) -> Batch:
         return collate(examples, pad)
 
-    longest = max(pieces, key=len)
-    return packed if engine.same(padded(longest), packed(longest)) else padded
+    probe = max(pieces, key=len)[:2]
+    together = pack(probe, pad, sum(len(example.ids) for example in probe))
+    return packed if engine.same(padded(probe), together) else padded
 
 
 def _mean(window: list[tuple[float, int]]) -> float:

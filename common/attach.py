@@ -1,7 +1,7 @@
 """Put an adapter on a loaded base model and take it off again, without touching the model's weights.
 
-Each adapted linear module gets a forward hook that adds ``s · B(A x)`` to its output (Hu et al., *LoRA*, ICLR 2022), so one
-base model in memory serves any number of adapters in turn, of any mixture of ranks and target modules.
+Each adapted linear module gets a forward hook that adds ``s · B(A x)`` to its output (Hu et al., *LoRA*, ICLR 2022),
+so one base model in memory serves any number of adapters in turn, of any mixture of ranks and target modules.
 """
 
 from __future__ import annotations

@@ -315,5 +315,9 @@ def _refuse_unknown(values: Mapping[str, Any], section: type[BaseModel], path: s
         field = section.model_fields.get(key)
         if field is None:
             raise ConfigError(f"{source}: unknown key '{path}{key}'", nearest(key, section.model_fields))
-        if isinstance(value, Mapping) and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if (
+            isinstance(value, Mapping)
+            and isinstance(field.annotation, type)
+            and issubclass(field.annotation, BaseModel)
+        ):
             _refuse_unknown(value, field.annotation, f"{path}{key}.", source)

@@ -1,13 +1,13 @@
-"""Truncation of a sum of low-rank updates through Gram matrices in float64: for factors in float32 or less, and for speed.
+"""Truncation of a sum of low-rank updates through Gram matrices in float64, for factors in float32 or less.
 
     dW = Σ_i c_i B_i A_i = B A ,  R = Σ r_i ,   G_B = Bᵀ B ,  G_A = A Aᵀ = Cᵀ C     (all R × R)
     dWᵀ dW = Q (C G_B Cᵀ) Qᵀ  with orthonormal Q,  C G_B Cᵀ = V S² Vᵀ
     B_k = B · (Cᵀ V_k S_k^(-1/2)) ,   A_k = (S_k^(-3/2) V_kᵀ C G_B) · A
 
-A Gram matrix squares the condition number, but in float64 that leaves √ε = 1.5e-8 of ‖B‖‖A‖, below float32's own ε = 6e-8: so
-this is more exact than QR and SVD in float32, at a fraction of the time. Neither Q nor an inverse of C is ever formed, so
-parallel factors (experts that share a seed) and zero factors do no harm. Stacked factors are not formed either: the Gram
-matrices are summed over slices, and the result over the terms.
+A Gram matrix squares the condition number, but in float64 that leaves √ε = 1.5e-8 of ‖B‖‖A‖, below float32's own
+ε = 6e-8: so this is more exact than QR and SVD in float32, and faster. Neither Q nor an inverse of C is ever formed, so
+parallel factors (experts that share a seed) and zero factors do no harm. Nor are all factors stacked at once: they are
+stacked and widened a slice at a time.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class GramSpectrum:
         """The best approximation by `rank`, balanced (``B = U √S``, ``A = √S Vh``), in float32, scaling 1."""
         S, V = self.S[:rank], self._V[:, :rank]
         # What is zero to the precision of S stays zero, rather than noise divided by noise.
-        inverse = torch.where(S > self.S[0] * 1e-12, 1 / S, 0)
+        inverse = torch.where(S.gt(1e-12 * self.S[0]), 1 / S, 0)
         left = (self._C.T @ V * inverse.sqrt()) * self._scale[:, None]
         right = (V.T @ self._CG) * inverse.pow(1.5)[:, None]
         A = _product(right.float(), [f.A for f in self._factors], dim=0)
@@ -76,9 +76,13 @@ def _gram(factors: Sequence[Tensor], dim: int) -> Float[Tensor, "R R"]:
     """``X Xᵀ`` in float64 of the stacked factors X."""
     R = sum(f.shape[dim] for f in factors)
     total = torch.zeros(R, R, dtype=torch.float64, device=factors[0].device)
+    half = (R + 1) // 2
     for _, part in _slices(factors, dim):
         wide = part.double()
-        total.addmm_(wide, wide.T)
+        # The result is symmetric: a quarter of it need not be computed.
+        total[:, :half].addmm_(wide, wide[:half].T)
+        total[half:, half:].addmm_(wide[half:], wide[half:].T)
+    total[:half, half:] = total[half:, :half].T
     return total
 
 
@@ -93,7 +97,8 @@ def _product(coefficients: Float[Tensor, "k R"], factors: Sequence[Tensor], dim:
 def _square_root(G: Float[Tensor, "R R"]) -> Float[Tensor, "R R"]:
     """Some C with ``CᵀC = G``: Cholesky's, or where G is singular to rounding, that of the eigenvectors."""
     C, failed = torch.linalg.cholesky_ex(G, upper=True)
-    if not int(failed):
-        return C
-    values, vectors = torch.linalg.eigh(G)
-    return values.clamp(min=0).sqrt()[:, None] * vectors.T
+    if int(failed):
+        values, vectors = torch.linalg.eigh(G)
+        C = values.clamp(min=0).sqrt()[:, None] * vectors.T
+    root: Tensor = C
+    return root

@@ -14,6 +14,8 @@ from pydantic import Field
 from seedbed.common.config import BaseModelConfig, LoraSettings, TrainingSettings
 from seedbed.common.manifest import BaseIdentity, Manifest, Record, recipe_hash
 
+JobKind = Literal["seed", "expert", "joint"]
+
 
 class DataSource(Record):
     """Training examples of one task on a participant's own disk, or a data set of the hub."""
@@ -58,7 +60,7 @@ class Hello(Record):
 class Job(Record):
     """One training job. Equal jobs have equal recipes, and a recipe is trained once."""
 
-    kind: Literal["seed", "expert", "joint"]
+    kind: JobKind
     name: str
     """Readable and unique in its federation, such as `expert:addition`."""
     base: BaseIdentity

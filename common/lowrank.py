@@ -140,7 +140,7 @@ def compress_sum(
     if _gram_suffices(factors):
         scales = [w * f.scaling for f, w in zip(factors, weights or [1.0] * len(factors), strict=True)]
         spectrum = GramSpectrum(factors, scales)
-        return spectrum.truncated(keep(spectrum.S.float(), share, rule) if rank is None else rank)
+        return spectrum.truncated(rank or keep(spectrum.S.float(), share or 1.0, rule))
     svd = svd_of_sum(factors, weights, rank=rank)
     return factors_of(svd if share is None else truncate(svd, keep(svd.S, share, rule)))
 

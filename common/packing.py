@@ -1,10 +1,10 @@
 """Pack scoring requests into trees, so that tokens which several requests share are computed once.
 
-A request is a token sequence of which the last few are scored. The choices of a multiple-choice item share their context;
-items share instructions and few-shot examples. Requests become a prefix tree: every distinct token of a path is one node,
-a node attends to its ancestors and to itself, and its position is its depth. One forward pass over the nodes with that mask
-gives exactly the hidden states that each path alone would give (tree attention, as in SpecInfer, ASPLOS 2024; the rule that
-decides when sharing pays is ours). Numpy only: no model in here.
+A request is a token sequence of which the last few are scored. The choices of a multiple-choice item share their
+context; items share instructions and few-shot examples. Requests become a prefix tree: every distinct token of a path
+is one node, a node attends to its ancestors and to itself, and its position is its depth. One forward pass over the
+nodes with that mask gives exactly the hidden states that each path alone would give (tree attention, as in SpecInfer,
+ASPLOS 2024; the rule that decides when sharing pays is ours). Numpy only: no model in here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Request:
 
 @dataclass(slots=True)
 class Tree:
-    """Nodes in an order in which parents precede children; `paths[i]` holds the nodes that predict request i's tokens."""
+    """Nodes, parents before children; `paths[i]` holds the nodes that predict the scored tokens of request i."""
 
     tokens: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
@@ -81,8 +81,8 @@ class Tree:
 def grow_trees(requests: Sequence[Request], *, pair_cost: float, limit: int, branches: bool = True) -> list[Tree]:
     """Put requests into trees wherever sharing saves more than the larger attention costs.
 
-    Appending b new nodes to a tree of T instead of a row of its own of l tokens saves l − b tokens and turns ``T² + l²``
-    attended pairs into ``(T + b)²``.
+    Appending b new nodes to a tree of T instead of a row of its own of l tokens saves l − b tokens and turns ``T² +
+    l²`` attended pairs into ``(T + b)²``.
 
     Args:
         requests: any number, in any order; a tree's `paths` are keyed by the index in this sequence.
@@ -117,8 +117,8 @@ def _pays(tree: Tree, shared: list[int], length: int, pair_cost: float, limit: i
 def batches(trees: Sequence[Tree], *, tokens: int, predictions: int, window: int | None = None) -> Iterator[list[Tree]]:
     """Group trees of like size so that a batch, padded, stays within `tokens` and scores at most `predictions` nodes.
 
-    The largest come first, so that a lack of memory shows at once. Trees beyond `window` nodes (a model's sliding attention
-    window) are never mixed with others, so that a batch of chains can leave masking to the model.
+    The largest come first, so that a lack of memory shows at once. Trees beyond `window` nodes (a model's sliding
+    attention window) are never mixed with others, so that a batch of chains can leave masking to the model.
     """
     batch: list[Tree] = []
     scored = 0

@@ -1,8 +1,8 @@
 """Log-likelihoods of a base model under any adapter, as an lm-eval model.
 
-The same numbers as lm-eval's own `HFLM` with less work: what requests have in common is computed once (`packing`), the
-vocabulary projection runs only where a token is scored, and one loaded base model serves every adapter in turn (`attach`).
-Importing this module imports lm-eval's model interface (half a second).
+The same numbers as lm-eval's own `HFLM` with less work: what requests have in common is computed once (`packing`),
+the vocabulary projection runs only where a token is scored, and one loaded base model serves every adapter in turn
+(`attach`). Importing this module imports lm-eval's model interface (half a second).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class SeedbedLM(LM):  # type: ignore[misc]
         """
         self._slot.put(adapter)
 
-    # --- lm-eval's interface -------------------------------------------------------------------------------------------
+    # --- lm-eval's interface ----------------------------------------------------------------------------------------
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """``(log-probability, whether greedy decoding gives it)`` of each continuation after its context.
@@ -90,7 +90,7 @@ class SeedbedLM(LM):  # type: ignore[misc]
 
         return generate(self, [request.args for request in requests])
 
-    # --- scoring -------------------------------------------------------------------------------------------------------
+    # --- scoring ----------------------------------------------------------------------------------------------------
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[float, bool]]:
         """`loglikelihood` of plain ``(context, continuation)`` pairs."""
@@ -126,7 +126,7 @@ class SeedbedLM(LM):  # type: ignore[misc]
         targets = torch.from_numpy(batch.targets).to(logits.device)
         step = max(1, LOGITS // 4 // logits.shape[-1])
         # Chunks, because logsumexp needs scratch of its input's size, in float32 whatever the model's dtype.
-        normalizer = torch.cat([chunk.float().logsumexp(-1) for chunk in logits.split(step)])
+        normalizer = torch.cat([chunk.float().logsumexp(-1) for chunk in torch.split(logits, step)])
         likeliest = logits.argmax(-1)
         values = logits[rows, targets].float() - normalizer[rows]
         return values.double().cpu().numpy(), (likeliest[rows] == targets).cpu().numpy()
@@ -154,9 +154,10 @@ class SeedbedLM(LM):  # type: ignore[misc]
         return logits
 
     def _can_branch(self) -> bool:
-        """Whether the model gives the same numbers under a tree mask; tried out once on two branches of three tokens.
+        """Whether the model gives the same numbers under a tree mask; tried out once on two branches.
 
-        Models without attention masks or without explicit positions (state-space models, ALiBi, flash attention) do not.
+        Models without attention masks or without explicit positions (state-space models, ALiBi, flash attention) do
+        not.
         """
         if self._branches is None:
             top = int(self._config.vocab_size) - 1
@@ -172,9 +173,11 @@ class SeedbedLM(LM):  # type: ignore[misc]
 
     def _sums(self, trees: list[Tree], requests: list[Request]) -> NDArray[np.float64]:
         collated = collate(trees, requests, self.pad_token_id)
-        return np.bincount(collated.requests, weights=self._forward(collated)[0], minlength=len(requests))
+        sums = np.zeros(len(requests))
+        np.add.at(sums, collated.requests, self._forward(collated)[0])
+        return sums
 
-    # --- tokens --------------------------------------------------------------------------------------------------------
+    # --- tokens -----------------------------------------------------------------------------------------------------
 
     def _requests(self, pairs: Sequence[tuple[str, str]]) -> list[Request]:
         """Encode pairs as `HFLM` does: together, then split where the context alone would end; cut on the left."""
@@ -206,7 +209,7 @@ class SeedbedLM(LM):  # type: ignore[misc]
             )
         if len(after) > self.max_length:
             raise DataError(
-                f"the continuation {continuation[:40]!r}… has {len(after)} tokens, but the model reads {self.max_length}",
+                f"the continuation {continuation[:40]!r}… has {len(after)} tokens, the model reads {self.max_length}",
                 "Shorten the choice.",
             )
 
@@ -223,7 +226,7 @@ class SeedbedLM(LM):  # type: ignore[misc]
                     encoded[index] = list(row)
         return encoded
 
-    # --- facts of the model --------------------------------------------------------------------------------------------
+    # --- facts of the model -----------------------------------------------------------------------------------------
 
     @property
     def _config(self) -> Any:

@@ -1,7 +1,8 @@
 """Evaluation tasks as lm-eval understands them: from files of questions, or lm-eval's own by name.
 
-A file of questions becomes an lm-eval multiple-choice task in memory, so nothing is cached in anybody's home and no hub is
-asked. lm-eval's own 14,000 tasks are indexed only when one is wanted by name, which takes it a quarter of a minute.
+A file of questions becomes an lm-eval multiple-choice task in memory, so nothing is cached in anybody's home and no
+hub is asked. lm-eval's own 14,000 tasks are indexed only when one is wanted by name, which takes it a quarter of a
+minute.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def task_from_examples(
 ) -> EvalTask:
     """Make a multiple-choice task of examples that are in memory; metrics are `acc` and `acc_norm`.
 
-    The likelihood of each choice, after one space, is compared given the prompt; `acc_norm` divides it by the choice's length
-    in characters.
+    The likelihood of each choice, after one space, is compared given the prompt; `acc_norm` divides it by the
+    choice's length in characters.
 
     Raises:
         DataError: if there are no examples, or one has no choices.
@@ -116,8 +117,8 @@ def resolve_tasks(specs: Sequence[str], prompt: str = DEFAULT_PROMPT) -> list[Ev
     """Find tasks by what a user calls them.
 
     Args:
-        specs: each the path of a file of questions (named by its stem, without `.test`), an embedded task, or the name of an
-            lm-eval task, group or tag.
+        specs: each the path of a file of questions (named by its stem, without `.test`), an embedded task, or the
+            name of an lm-eval task, group or tag.
         prompt: template of the files' questions.
 
     Raises:

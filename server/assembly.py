@@ -1,13 +1,98 @@
-"""From scores and lineage to one `Results`: what a run found, with what it took."""
+"""From a run's artifacts and scores to one `Results`: what was found, from what, and at what cost."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from seedbed.common.adapter import Adapter
+from seedbed.common.manifest import BaseIdentity, Manifest
+from seedbed.common.storage import AdapterStore, read_adapter, read_manifest
 from seedbed.common.versions import software_versions
 from seedbed.server.combination import Combination
-from seedbed.server.evaluation import report, statistics
-from seedbed.server.evaluation.results import CandidateResult, Results, score_of, summarize
+from seedbed.server.evaluation.compare import Circumstances, Measured, build_results
+from seedbed.server.evaluation.results import Cost, LineageNode, Outcomes, Results
 from seedbed.server.evaluation.suite import TaskResult
-from seedbed.server.lineage import Ancestry, total
+from seedbed.server.ledger import Ledger
 from seedbed.server.rundir import RunDirectory
+
+
+def assemble(
+    run: RunDirectory,
+    base: BaseIdentity,
+    candidates: Sequence[Combination],
+    scores: Mapping[str, Sequence[TaskResult]],
+    diagnostics: Mapping[str, float],
+    command: str,
+) -> tuple[Results, Outcomes]:
+    """Put scores, lineage, costs and circumstances of a run into one document."""
+    measured = [_measured(run.store, candidate, scores[candidate.name]) for candidate in candidates]
+    digests = [candidate.digest for candidate in candidates if candidate.digest]
+    circumstances = Circumstances(
+        command=command,
+        base=base,
+        config=run.config.model_dump(mode="json"),
+        versions=software_versions(),
+        lineage=lineage(run.store, run.ledger, digests),
+        costs=_costs(run.ledger),
+        diagnostics=diagnostics,
+        notes=_notes(run.ledger),
+    )
+    return build_results(run.config.name, measured, circumstances, seed=run.config.run.random_seed)
+
+
+def lineage(store: AdapterStore, ledger: Ledger, digests: Iterable[str]) -> list[LineageNode]:
+    """The adapters and all their ancestors, each once, parents first."""
+    names = {entry.digest: entry.name for entry in ledger.of("accepted", "combined")}
+    nodes: dict[str, LineageNode] = {}
+
+    def visit(digest: str) -> None:
+        if digest in nodes:
+            return
+        manifest: Manifest = read_manifest(store.open(digest))
+        for parent in manifest.parents:
+            visit(parent)
+        nodes[digest] = LineageNode(
+            digest=digest, name=names.get(digest, "given"), kind=manifest.kind, parents=manifest.parents
+        )
+
+    for digest in digests:
+        visit(digest)
+    return list(nodes.values())
+
+
+def _measured(store: AdapterStore, candidate: Combination, scores: Sequence[TaskResult]) -> Measured:
+    if candidate.digest is None:
+        return Measured(candidate.name, scores)
+    adapter, manifest = read_adapter(store.open(candidate.digest))
+    return Measured(
+        candidate.name,
+        scores,
+        digest=candidate.digest,
+        rank=_largest_rank(adapter),
+        parameters=adapter.parameters,
+        parents=manifest.parents,
+    )
+
+
+def _largest_rank(adapter: Adapter) -> int:
+    return max(factors.rank for factors in adapter.values())
+
+
+def _costs(ledger: Ledger) -> list[Cost]:
+    return [
+        Cost(
+            name=entry.name,
+            node=entry.node,
+            seconds=entry.seconds,
+            steps=int(entry.detail.get("steps", 0)),
+            examples=int(entry.detail.get("examples", 0)),
+            tokens=int(entry.detail.get("tokens", 0)),
+        )
+        for entry in ledger.of("accepted")
+    ]
+
+
+def _notes(ledger: Ledger) -> list[str]:
+    """Who was left out and why; each once, however often the run was resumed."""
+    told = [f"{entry.node} was left out of {entry.name}: {entry.reason}" for entry in ledger.of("quarantined")]
+    return list(dict.fromkeys(told))

@@ -138,7 +138,7 @@ def fetch(
 ) -> None:
     """Obtain a base model once, verified, into the cache."""
     from seedbed.common.errors import nearest
-    from seedbed.common.smollm2 import fetch_smollm2
+    from seedbed.common.smollm2 import fetch as fetch_smollm2
 
     if name != "smollm2":
         raise ConfigError(f"there is no model '{name}' to fetch", nearest(name, ["smollm2"]))
@@ -154,7 +154,9 @@ def main() -> None:
     except SeedbedError as error:
         _fail(error.message, error.hint, error.exit_code)
     except OSError as error:
-        translated = StorageError(f"{error.filename or 'a file'}: {error.strerror or error}", "See the path and the space left.")
+        translated = StorageError(
+            f"{error.filename or 'a file'}: {error.strerror or error}", "See the path and the space left."
+        )
         _fail(translated.message, translated.hint, translated.exit_code)
     except KeyboardInterrupt:
         _fail("Interrupted.", "", 130)
@@ -188,7 +190,9 @@ def _weights(text: str | None) -> list[float] | None:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"--weights {text!r} are not numbers separated by commas", "Example: --weights 1,1,2") from None
+        raise ConfigError(
+            f"--weights {text!r} are not numbers separated by commas", "Example: --weights 1,1,2"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -154,7 +154,10 @@ def _content(adapter: Adapter) -> dict[str, Any]:
     return {
         name: [
             factors.scaling,
-            *(hashlib.sha256(m.float().contiguous().cpu().numpy().tobytes()).hexdigest() for m in (factors.A, factors.B)),
+            *(
+                hashlib.sha256(m.float().contiguous().cpu().numpy().tobytes()).hexdigest()
+                for m in (factors.A, factors.B)
+            ),
         ]
         for name, factors in adapter.items()
     }

@@ -66,8 +66,8 @@ def conduct(setting: Setting, workforce: Workforce) -> Results:
         federation = setting.federation(workforce)
         candidates = federation.conduct()
         scores = Measurement(run, setting.base, setting.inputs.test, setting.observe).scores(candidates)
-        results = assemble(run, candidates, scores, federation.diagnostics, setting.command)
-        records.save(results, {name: {r.task: r.outcomes for r in found} for name, found in scores.items()}, run.root)
+        results, outcomes = assemble(run, setting.base, candidates, scores, federation.diagnostics, setting.command)
+        records.save(run.root, results, outcomes)
         report.render(run.root)
     except SeedbedError as error:
         run.ledger.append(Entry(event="failed", reason=error.message))
@@ -92,7 +92,7 @@ def run_simulation(
     setting = open_setting(config, root, observe, resume=resume, command=command)
     try:
         if next(setting.run.ledger.of("finished"), None) and (setting.run.root / "results.json").exists():
-            return records.load(setting.run.root)[0]
+            return records.load(setting.run.root)
         if _trained(setting):
             return conduct(setting, _Nobody())
         return _with_participants(setting, client_app)
@@ -142,7 +142,10 @@ class _Nobody:
         raise _NoParticipantsError
 
     def perform(
-        self, jobs: Sequence[tuple[int, Job]], deadline: float, on_answer: Callable[[int, Job, JobResult | Failure], None]
+        self,
+        jobs: Sequence[tuple[int, Job]],
+        deadline: float,
+        on_answer: Callable[[int, Job, JobResult | Failure], None],
     ) -> None:
         raise _NoParticipantsError
 
@@ -165,4 +168,3 @@ def _with_participants(setting: Setting, client_app: ClientApp) -> Results:
     results: list[Results] = []
     simulate(run, client_app, nodes, workers, lambda workforce: results.append(conduct(setting, workforce)))
     return results[0]
-

@@ -100,10 +100,14 @@ def _evaluation(config: FederationConfig, tests: Mapping[str, int] | None) -> Ta
     for name in config.combine.candidates:
         if name == "experts" and config.evaluation.expert_tasks == "own":
             own = None if tests is None else sum(min(tests[t], limit or tests[t]) for t in config.tasks.experts)
-            table.add_row(f"{len(config.tasks.experts)} experts, each its own task", str(len(config.tasks.experts)), _count(own))
+            table.add_row(
+                f"{len(config.tasks.experts)} experts, each its own task", str(len(config.tasks.experts)), _count(own)
+            )
         elif name == "experts":
             count = len(config.tasks.experts)
-            table.add_row(f"{count} experts", f"{count} × {len(tasks)}", _count(None if items is None else count * items))
+            table.add_row(
+                f"{count} experts", f"{count} × {len(tasks)}", _count(None if items is None else count * items)
+            )
         else:
             table.add_row(name, str(len(tasks)), _count(items))
     return table

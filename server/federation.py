@@ -227,9 +227,7 @@ class Federation:
                 self._enrol(roster, node, answer)
         here = [task for task in config.tasks.experts if task in roster.by_task]
         self._quorum("hello", len(here), len(config.tasks.experts))
-        self.run.ledger.append(
-            Entry(event="hello", name=", ".join(roster.names.values()), detail={"tasks": here})
-        )
+        self.run.ledger.append(Entry(event="hello", name=", ".join(roster.names.values()), detail={"tasks": here}))
         if self.planner.needs_pooled_data and roster.pooled is None:
             raise EnvironmentFailure(
                 "no participant holds the data of all tasks, which candidate 'joint' or seed.mode 'public' needs",

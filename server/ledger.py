@@ -59,7 +59,9 @@ class Ledger:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise StorageError(f"the ledger {self.path} cannot be written: {error.strerror}", "Free some space.") from None
+            raise StorageError(
+                f"the ledger {self.path} cannot be written: {error.strerror}", "Free some space."
+            ) from None
         self.entries.append(stamped)
 
     def accept(self, result: JobResult, detail: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from seedbed.common.config import FederationConfig, TrainingSettings
-from seedbed.common.jobs import Job
+from seedbed.common.jobs import Job, JobKind
 from seedbed.common.manifest import BaseIdentity
 
 PUBLIC = "public"
@@ -27,8 +27,9 @@ class Planner:
     def seed_round(self, index: int, parent: str | None, tasks: Sequence[str]) -> list[Job]:
         """One federated round: every client trains from `parent`, or from one shared initialization in the first."""
         return [
-            self._job("seed", f"seed:{task}:round-{index + 1}", (task,), parent, self._seed_training())
-            .model_copy(update={"fraction": self.config.seed.fraction, "data_seed": self._draw(1000 + index)})
+            self._job("seed", f"seed:{task}:round-{index + 1}", (task,), parent, self._seed_training()).model_copy(
+                update={"fraction": self.config.seed.fraction, "data_seed": self._draw(1000 + index)}
+            )
             for task in tasks
         ]
 
@@ -44,8 +45,9 @@ class Planner:
         """Experts that never saw the seed, each from its own initialization, with the seed's steps on top."""
         training = self._with_steps(self.config.training.steps + self.config.seed.local_steps)
         return [
-            self._job("expert", f"unseeded:{task}", (task,), None, training)
-            .model_copy(update={"init_seed": self._draw(1 + self.config.tasks.experts.index(task))})
+            self._job("expert", f"unseeded:{task}", (task,), None, training).model_copy(
+                update={"init_seed": self._draw(1 + self.config.tasks.experts.index(task))}
+            )
             for task in tasks
         ]
 
@@ -71,10 +73,10 @@ class Planner:
         return self.config.training.model_copy(update={"steps": steps})
 
     def _job(
-        self, kind: str, name: str, tasks: tuple[str, ...], parent: str | None, training: TrainingSettings
+        self, kind: JobKind, name: str, tasks: tuple[str, ...], parent: str | None, training: TrainingSettings
     ) -> Job:
         return Job(
-            kind=kind,  # type: ignore[arg-type]
+            kind=kind,
             name=name,
             base=self.base,
             tasks=tasks,

@@ -1,14 +1,14 @@
 """A run directory: everything one federation leaves, in one place, by one process at a time.
 
-    config.yaml      what was asked for, complete with defaults
-    inputs.json      hashes of the data, so that a resumed run is the same run
-    ledger.jsonl     what happened
-    store/           accepted adapters, by digest
-    data/            the embedded tasks, where they are used
-    nodes/  work/    the simulated participants and their scratch
-    evaluations/     scores by candidate and task
-    adapters/        the published adapters, by name
-    results.json outcomes.json report.md report.html
+config.yaml      what was asked for, complete with defaults
+inputs.json      hashes of the data, so that a resumed run is the same run
+ledger.jsonl     what happened
+store/           accepted adapters, by digest
+data/            the embedded tasks, where they are used
+nodes/  work/    the simulated participants and their scratch
+evaluations/     scores by candidate and task
+adapters/        the published adapters, by name
+results.json outcomes.json report.md report.html
 """
 
 from __future__ import annotations

@@ -78,7 +78,9 @@ def find_inputs(config: FederationConfig) -> Inputs | None:
             raise ConfigError(f"embedded task '{untrainable[0]}' has no training data", f"Choose among: {trainable}.")
         return None
     if not tasks.data.is_dir():
-        raise DataError(f"there is no data directory {tasks.data}", "Pass --data DIR with NAME.train.jsonl and NAME.test.jsonl.")
+        raise DataError(
+            f"there is no data directory {tasks.data}", "Pass --data DIR with NAME.train.jsonl and NAME.test.jsonl."
+        )
     train = {name: _locate(tasks.data, name, "train") for name in tasks.experts}
     test = {name: _locate(tasks.data, name, "test") for name in (*tasks.experts, *tasks.held_out)}
     if config.seed.mode == "public":
@@ -112,7 +114,7 @@ def write_nodes(run: RunDirectory, inputs: Inputs, *, pooled: bool, threads: int
     """One file for each simulated participant, named by its partition; returns how many there are."""
     tasks = run.config.tasks
     sources = {name: DataSource(task=name, location=location) for name, location in inputs.train.items()}
-    nodes = [(name, (sources[name],), False) for name in tasks.experts]
+    nodes: list[tuple[str, tuple[DataSource, ...], bool]] = [(name, (sources[name],), False) for name in tasks.experts]
     if pooled:  # first, since it has the longest job
         nodes.insert(0, ("all-data", tuple(sources.values()), True))
     directory = run.root / "nodes"
@@ -178,8 +180,9 @@ def simulate(
         except Exception as error:
             cancelled.set()
             if not raised:
+                cause = error.__cause__ or error
                 raise EnvironmentFailure(
-                    f"the simulation engine failed: {type(error.__cause__ or error).__name__}: {error.__cause__ or error}",
+                    f"the simulation engine failed: {type(cause).__name__}: {_first_line(cause)}",
                     "See whether Ray can start on this machine (memory, ports, /tmp), then continue with --resume.",
                 ) from error
         finally:
@@ -278,6 +281,10 @@ def _hard_interrupt() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:300]
+
+
 def _locate(directory: Path, name: str, split: str) -> str:
     for suffix in _SUFFIXES:
         path = directory / f"{name}.{split}{suffix}"
@@ -292,6 +299,3 @@ def _existing(path: Path | None) -> Path:
     if path is None or not path.is_file():
         raise DataError(f"there is no public sample {path}", "Set seed.data to a file of examples.")
     return path.resolve()
-
-
-

@@ -40,7 +40,10 @@ class Workforce(Protocol):
         ...
 
     def perform(
-        self, jobs: Sequence[tuple[int, Job]], deadline: float, on_answer: Callable[[int, Job, JobResult | Failure], None]
+        self,
+        jobs: Sequence[tuple[int, Job]],
+        deadline: float,
+        on_answer: Callable[[int, Job, JobResult | Failure], None],
     ) -> None:
         """Give out jobs, and call `on_answer` once for each: with its result, or with why there is none.
 
@@ -74,7 +77,10 @@ class GridWorkforce:
         return answers
 
     def perform(
-        self, jobs: Sequence[tuple[int, Job]], deadline: float, on_answer: Callable[[int, Job, JobResult | Failure], None]
+        self,
+        jobs: Sequence[tuple[int, Job]],
+        deadline: float,
+        on_answer: Callable[[int, Job, JobResult | Failure], None],
     ) -> None:
         by_node: dict[int, list[Job]] = {}
         for node, job in jobs:
@@ -92,9 +98,7 @@ class GridWorkforce:
                 waiting.remove(asked)
                 on_answer(node, asked, value)
 
-        messages = [
-            (node, f"train.{job.kind}", RecordDict({RECORD: ConfigRecord(pack(job))})) for node, job in jobs
-        ]
+        messages = [(node, f"train.{job.kind}", RecordDict({RECORD: ConfigRecord(pack(job))})) for node, job in jobs]
         self._ask(messages, JobResult, deadline, match)
 
     def _nodes(self, expected: int, deadline: float) -> list[int]:
@@ -134,7 +138,9 @@ class GridWorkforce:
 
     def _pause(self) -> None:
         if self.cancelled.wait(POLL_SECONDS):
-            raise EnvironmentFailure("the run was cancelled while it waited for participants", "Continue with --resume.")
+            raise EnvironmentFailure(
+                "the run was cancelled while it waited for participants", "Continue with --resume."
+            )
 
 
 def _read(node: int, reply: Message, kind: type[Value]) -> Value | Failure:

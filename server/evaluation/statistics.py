@@ -1,8 +1,8 @@
 """Errors and intervals of accuracies. Pure functions over arrays.
 
-Tasks count as fixed and examples as drawn: an interval says what other examples of the same tasks would have given, not what
-other tasks would. The paired bootstrap follows Efron & Tibshirani (1993), chapter 16; pairing by example removes the examples'
-difficulty, which both candidates share.
+Tasks count as fixed and examples as drawn: an interval says what other examples of the same tasks would have given,
+not what other tasks would. The paired bootstrap follows Efron & Tibshirani (1993), chapter 16; pairing by example
+removes the examples' difficulty, which both candidates share.
 """
 
 from __future__ import annotations
@@ -81,9 +81,7 @@ def _paired(task: str, ours: ArrayLike, theirs: ArrayLike) -> NDArray[np.float64
     return a - b
 
 
-def _resampled_means(
-    differences: NDArray[np.float64], resamples: int, rng: np.random.Generator
-) -> NDArray[np.float64]:
+def _resampled_means(differences: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
     # Drawing n of n with replacement draws multinomial counts of the distinct values (-1, 0, 1 for right and wrong):
     # the same distribution as resampling indices, with no array of resamples × n.
     values, counts = np.unique(differences, return_counts=True)
@@ -93,7 +91,7 @@ def _resampled_means(
 
 
 def _p_value(means: NDArray[np.float64]) -> float:
-    """Two-sided, by inverting the percentile interval; never 0, since resamples are finite (Davison & Hinkley, 1997)."""
+    """Two-sided, by inverting the percentile interval; never 0, as resamples are finite (Davison & Hinkley, 1997)."""
     tail = min(int(np.sum(means <= 0)), int(np.sum(means >= 0)))
     return min(1.0, 2 * (tail + 1) / (means.size + 1))
 

@@ -150,9 +150,7 @@ def results_table(results: Sequence[TaskResult]) -> Table:
         table.add_column(column, justify="left" if column in ("task", "metric") else "right")
     for result in results:
         chance = "" if result.chance is None else f"{result.chance:.3f}"
-        table.add_row(
-            result.task, result.metric, f"{result.value:.3f}", f"{result.stderr:.3f}", chance, str(result.n)
-        )
+        table.add_row(result.task, result.metric, f"{result.value:.3f}", f"{result.stderr:.3f}", chance, str(result.n))
     return table
 
 

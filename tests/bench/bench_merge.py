@@ -1,8 +1,8 @@
-"""Merging by truncated SVD, side by side: Seedbed's factored form and PEFT's ``add_weighted_adapter(combination_type="svd")``.
+"""Merging by truncated SVD, side by side: Seedbed's and PEFT's ``add_weighted_adapter(combination_type="svd")``.
 
-Eight LoRA adapters of rank 16 on one square linear layer are averaged and cut to rank 16 again, in one run, in turn. Every
-measurement has a process of its own, so that memory is what this work took: peak resident set minus the resident set
-before. The error is that of the result against the best rank-16 approximation in float64.
+Eight LoRA adapters of rank 16 on one square linear layer are averaged and cut to rank 16 again, in one run, in turn.
+Every measurement has a process of its own, so that memory is what this work took: peak resident set minus the resident
+set before. The error is that of the result against the best rank-16 approximation in float64.
 
     python tests/bench/bench_merge.py [--json FILE] [--sizes 1024,2048] [--threads 2]
 """
@@ -80,10 +80,10 @@ PREPARE = {"seedbed": prepare_seedbed, "peft": prepare_peft}
 
 
 def measure(side: str, size: int, repeats: int) -> dict[str, Any]:
-    """In a process of its own: peak memory of the first merge at this size, then the times of `repeats` more, and the error."""
+    """In a process of its own: memory and error of the first merge at this size, and the times of `repeats`."""
     import torch
 
-    PREPARE[side](64)()  # loads the libraries' code and buffers, so that they are not counted as the merge's
+    PREPARE[side](256)()  # loads the libraries' code and buffers, so that they are not counted as the merge's
     merge = PREPARE[side](size)
     with _PeakMemory() as memory:
         start = time.perf_counter()
@@ -98,7 +98,7 @@ def measure(side: str, size: int, repeats: int) -> dict[str, Any]:
 
 
 class _PeakMemory:
-    """Peak resident bytes above those at the beginning: the kernel's high-water mark where it can be reset, else sampled."""
+    """Peak resident bytes above those before: the kernel's high-water mark where it can be reset, else sampled."""
 
     def __enter__(self) -> _PeakMemory:
         import gc
@@ -137,8 +137,8 @@ class _PeakMemory:
 def _error(A: Any, B: Any, size: int, torch: Any) -> float:
     """Relative Frobenius distance to the best rank-16 approximation, in float64 and with no code of either side.
 
-    The exact mean is ``L · R`` with L [size, 128], R [128, size]. Its right singular vectors span R's rows, so the dense SVD of
-    ``L · R`` seen in an orthonormal basis of those rows is its SVD.
+    The exact mean is ``L · R`` with L [size, 128], R [128, size]. Its right singular vectors lie in the span of R's
+    rows, so it is decomposed in an orthonormal basis of those.
     """
     pairs = make_inputs(size)
     L, R = torch.cat([b for _, b in pairs], 1).double() / N, torch.cat([a for a, _ in pairs], 0).double()
@@ -160,7 +160,7 @@ def run_side(side: str, size: int, repeats: int, threads: int) -> dict[str, Any]
 
 
 def compare(size: int, threads: int) -> dict[str, Any]:
-    """Both sides in turn: a round of Seedbed's before and after PEFT's, so that a change of the machine shows as spread."""
+    """Seedbed before and after PEFT, so that a machine that changes under way shows as spread."""
     repeats = REPEATS["peft"].get(size, 1)  # type: ignore[attr-defined]
     ours = [run_side("seedbed", size, REPEATS["seedbed"], threads)]  # type: ignore[arg-type]
     theirs = run_side("peft", size, repeats, threads)

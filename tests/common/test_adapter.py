@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jaxtyping
 import pytest
 import torch
+
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.errors import AdapterFormatError
 
@@ -19,7 +20,7 @@ def as_in_production() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-def test_the_update_is_scaling_times_B_times_A() -> None:
+def test_the_update_is_scaling_times_b_times_a() -> None:
     factors = LoraFactors(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0], [4.0]]), 0.5)
     assert factors.delta().tolist() == [[1.5, 3.0], [2.0, 4.0]]
     assert (factors.rank, factors.shape) == (1, (2, 2))

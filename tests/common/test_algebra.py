@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from seedbed.common import algebra
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.errors import AdapterMismatchError, ConfigError
@@ -147,7 +148,7 @@ def pair(a: float, b: float) -> Adapter:
     return Adapter({"m": LoraFactors(torch.tensor([[a]]), torch.tensor([[b]]), 1.0)})
 
 
-def test_factor_mean_averages_A_and_B_apart() -> None:
+def test_factor_mean_averages_a_and_b_apart() -> None:
     mean = algebra.factor_mean([(pair(1.0, 2.0), 1.0), (pair(3.0, 6.0), 3.0)])
     assert (mean["m"].A.item(), mean["m"].B.item()) == (2.5, 5.0)
 

@@ -33,7 +33,8 @@ def test_a_dumped_configuration_reads_back_equal() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "nearest"), [("trainning", "training"), ("tasks.expert", "experts"), ("training.deepspeed.zero_stages", "zero_stage")]
+    ("key", "nearest"),
+    [("trainning", "training"), ("tasks.expert", "experts"), ("training.deepspeed.zero_stages", "zero_stage")],
 )
 def test_an_unknown_key_is_refused_with_the_nearest(key: str, nearest: str) -> None:
     error = refusal(MINIMAL, f"{key}=1")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import jaxtyping
 import pytest
 import torch
+
 from seedbed.common import algebra, lowrank
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.errors import AdapterMismatchError, ConfigError

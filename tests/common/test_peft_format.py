@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.attach import AdapterSlot
 from seedbed.common.checks import check_update
@@ -23,7 +25,6 @@ from seedbed.common.errors import (
 from seedbed.common.manifest import BaseIdentity, Manifest
 from seedbed.common.peft_config import make_peft_config, parse_peft_config
 from seedbed.common.storage import read_adapter, read_manifest, write_adapter
-from transformers import LlamaConfig, LlamaForCausalLM
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 BASE = BaseIdentity(name="tiny", digest="b" * 64)

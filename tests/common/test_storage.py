@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.errors import AdapterFormatError, AdapterMismatchError, StorageError
 from seedbed.common.files import storing
@@ -201,9 +202,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_directory_appears_when_it_is_whole_and_not_when_it_fails(tmp_path: Path) -> None:
     target = tmp_path / "new"
-    with pytest.raises(KeyboardInterrupt), new_directory(target) as aside:
-        (aside / "half").write_text("half")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with new_directory(target) as aside:
+            (aside / "half").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
     with new_directory(target) as aside:
         (aside / "file").write_text("whole")

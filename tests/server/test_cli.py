@@ -189,7 +189,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(data: Path) -> None:
     assert not (data.parent / "elsewhere").exists()
 
 
-# -- merge ---------------------------------------------------------------------------------------------------------------
+# -- merge ---------------------------------------------------------------------------------------------------
 
 
 def adapter(rank: int = 2, rows: int = 4, fill: float = 1.0) -> Adapter:
@@ -199,7 +199,9 @@ def adapter(rank: int = 2, rows: int = 4, fill: float = 1.0) -> Adapter:
 @pytest.fixture
 def pair(tmp_path: Path) -> tuple[Path, Path]:
     for name, fill in (("one", 1.0), ("two", 3.0)):
-        write_adapter(tmp_path / name, adapter(fill=fill), kind="expert", base=BaseIdentity(name="tiny", digest="1" * 64))
+        write_adapter(
+            tmp_path / name, adapter(fill=fill), kind="expert", base=BaseIdentity(name="tiny", digest="1" * 64)
+        )
     return tmp_path / "one", tmp_path / "two"
 
 
@@ -292,7 +294,10 @@ def break_rank(path: Path) -> None:
     _rewrite(
         path,
         lambda t: t.update(
-            {"base_model.model.layer.lora_B.weight": torch.ones(4, 5), "base_model.model.layer.lora_A.weight": torch.ones(5, 3)}
+            {
+                "base_model.model.layer.lora_B.weight": torch.ones(4, 5),
+                "base_model.model.layer.lora_A.weight": torch.ones(5, 3),
+            }
         ),
     )
 
@@ -330,7 +335,9 @@ def test_merge_refuses_a_bad_adapter_and_writes_nothing(
 
 
 def test_a_factor_mean_of_different_ranks_is_refused(pair: tuple[Path, Path]) -> None:
-    write_adapter(pair[0].parent / "three", adapter(rank=1), kind="expert", base=BaseIdentity(name="tiny", digest="1" * 64))
+    write_adapter(
+        pair[0].parent / "three", adapter(rank=1), kind="expert", base=BaseIdentity(name="tiny", digest="1" * 64)
+    )
     outcome = merge((pair[0], pair[0].parent / "three"), "--method", "factor_mean")
     assert_refused(outcome, 5, "layer", "rank")
     assert_not_merged(pair)
@@ -361,7 +368,7 @@ def _two_adapters(root: Path) -> Path:
     return root / "pair"
 
 
-# -- evaluate and report -------------------------------------------------------------------------------------------------
+# -- evaluate and report -------------------------------------------------------------------------------------
 
 
 def test_evaluate_prints_a_table_and_writes_json(data: Path) -> None:
@@ -401,6 +408,8 @@ def test_evaluate_refuses_an_adapter_whose_modules_the_model_lacks(data: Path) -
         (("model", "fetch", "smolm2"), 3, ("smollm2",)),
     ],
 )
-def test_what_is_not_there_is_named(tmp_path: Path, arguments: tuple[str, ...], code: int, words: tuple[str, ...]) -> None:
+def test_what_is_not_there_is_named(
+    tmp_path: Path, arguments: tuple[str, ...], code: int, words: tuple[str, ...]
+) -> None:
     jsonl(tmp_path / "x.jsonl", GOOD)
     assert_refused(seedbed(*arguments, cwd=tmp_path), code, *words)

@@ -1,4 +1,4 @@
-"""Stages of a federation against participants of a few lines: who is let in, who is not, and what a resumed run redoes."""
+"""Stages of a federation against participants of a few lines: who is let in, and what a resumed run redoes."""
 
 from __future__ import annotations
 
@@ -79,7 +79,10 @@ class Village:
         return self.hellos
 
     def perform(
-        self, jobs: Sequence[tuple[int, Job]], deadline: float, on_answer: Callable[[int, Job, JobResult | Failure], None]
+        self,
+        jobs: Sequence[tuple[int, Job]],
+        deadline: float,
+        on_answer: Callable[[int, Job, JobResult | Failure], None],
     ) -> None:
         for node, job in jobs:
             self.asked.append(job.name)
@@ -119,7 +122,15 @@ def delta(run: RunDirectory, candidate: Combination) -> float:
 def test_every_candidate_is_what_its_name_says(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run")
     found = conduct(run, Village(run.root / "store"))
-    assert set(found) == {"base", "seed", *(f"expert:{task}" for task in TASKS), "average", "compressed", "unseeded", "joint"}
+    assert set(found) == {
+        "base",
+        "seed",
+        *(f"expert:{task}" for task in TASKS),
+        "average",
+        "compressed",
+        "unseeded",
+        "joint",
+    }
     assert found["base"].digest is None
     assert delta(run, found["seed"]) == 3, "2 steps and the length of the task's name"
     assert delta(run, found["expert:a"]) == 3 + 3 + 1
@@ -142,7 +153,7 @@ def test_lineage_leads_from_the_average_to_the_seed(tmp_path: Path) -> None:
 
 
 def nan(job: Job, store: Path) -> JobResult:
-    """A participant that does not check what it hands in: a good file, then NaN bytes in the place of its last numbers."""
+    """NaN bytes in the place of the last numbers of a good file."""
     digest = put(store, job, adapter(1.0))
     tensors = store / "adapters" / digest / "adapter_model.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-4] + b"\x00\x00\xc0\x7f")
@@ -157,8 +168,14 @@ FAULTS: dict[str, tuple[Fault, str]] = {
         "out of memory",
     ),
     "changes tensors after the digest": (nan, "damaged"),
-    "has another shape": (lambda job, store: done(job, put(store, job, adapter(1.0, rows=4))), "expected shape [3, 2], got [4, 2]"),
-    "lacks a module": (lambda job, store: done(job, put(store, job, adapter(1.0, module="mlp"))), "misses module layer"),
+    "has another shape": (
+        lambda job, store: done(job, put(store, job, adapter(1.0, rows=4))),
+        "expected shape [3, 2], got [4, 2]",
+    ),
+    "lacks a module": (
+        lambda job, store: done(job, put(store, job, adapter(1.0, module="mlp"))),
+        "misses module layer",
+    ),
     "has another base model": (
         lambda job, store: done(job, put(store, job, adapter(1.0), base=OTHER)),
         "another base model",
@@ -249,9 +266,7 @@ def test_a_failed_seed_job_leaves_the_federation_before_the_experts(tmp_path: Pa
     ("change", "reason"),
     [({"base": OTHER}, "expected tiny"), ({"version": "0.0.1"}, "seedbed 0.0.1")],
 )
-def test_hello_refuses_a_participant_that_does_not_match(
-    change: dict[str, Any], reason: str, tmp_path: Path
-) -> None:
+def test_hello_refuses_a_participant_that_does_not_match(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
     run = open_run(tmp_path / "run")
     village = Village(run.root / "store")
     hello = village.hellos[0]

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
 from seedbed.common.errors import (
     AdapterFormatError,
     AdapterMismatchError,
@@ -19,7 +21,6 @@ from seedbed.common.errors import (
 )
 from seedbed.common.storage import read_adapter, read_manifest
 from seedbed.server.merge_files import merge_directories
-from transformers import LlamaConfig, LlamaForCausalLM
 
 TOKENS = torch.arange(12).reshape(2, 6)
 EXPERTS: list[dict[str, Any]] = [
@@ -54,7 +55,7 @@ def inputs(tmp_path: Path) -> list[Path]:
 
 
 def loop_over_experts(directories: list[Path], shares: list[float]) -> torch.Tensor:
-    """Logits with ``W0 x + Σ w_i s_i B_i A_i x`` in every layer, from PEFT's own files and scalings, in a plain loop."""
+    """Logits with ``W0 x + Σ w_i s_i B_i A_i x`` in every layer, from PEFT's files and scalings, in a plain loop."""
     from peft import PeftModel
 
     model = tiny_llama()

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,12 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     done = simulate(out)
     assert done.returncode == 0, done.stderr
     assert "average" in done.stdout
-    yield out
+    return out
 
 
 def test_a_run_leaves_results_report_and_published_adapters(undisturbed: Path) -> None:
@@ -181,10 +181,14 @@ def test_killed_in_every_stage_a_run_resumes_to_the_same_result_and_redoes_nothi
         )
         here = wait_until(lambda: any(map(reached, ledger(out))) or process.poll() is not None, 200)  # noqa: B023
         assert here, f"stage {stage} was not reached"
-        assert process.poll() is None, f"the run ended before stage {stage}: {process.stderr and process.stderr.read()!r}"
+        assert process.poll() is None, (
+            f"the run ended before stage {stage}: {process.stderr and process.stderr.read()!r}"
+        )
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert wait_until(lambda: not processes_of(out), 30), f"killed in {stage}, something runs on: {processes_of(out)}"
+        assert wait_until(lambda: not processes_of(out), 30), (
+            f"killed in {stage}, something runs on: {processes_of(out)}"
+        )
     done = simulate(out, "--resume")
     assert done.returncode == 0, done.stderr
     assert digests(out) == digests(undisturbed)

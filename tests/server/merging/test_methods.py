@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from seedbed.common import algebra
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.errors import AdapterMismatchError, ConfigError

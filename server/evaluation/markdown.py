@@ -1,0 +1,98 @@
+"""`report.md`: the report as Markdown, every table and no plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from seedbed.server.evaluation import tables
+from seedbed.server.evaluation.results import LineageNode, Results, Scope
+from seedbed.server.evaluation.tables import DIGEST, Generation, Grid
+
+
+def markdown(results: Results) -> str:
+    """The whole report."""
+    parts = [f"# {results.name}: what the federation gained", f"**{_plain(results.answer)}**"]
+    parts += [f"> {_plain(note)}" for note in results.notes]
+    parts += ["## Candidates", _table(tables.overview(results)), "## Differences"]
+    scopes: tuple[Scope, ...] = ("held_out", "held_in")
+    for candidate, scope in compared(results, scopes):
+        parts.append(_table(tables.differences(results, candidate, scope)))
+    parts += ["## Tasks", *(_table(tables.by_task(results, held_in=inside)) for inside in _present(results))]
+    for grid in (tables.experts(results), tables.candidate_costs(results), tables.costs(results)):
+        parts += [f"## {grid.caption}", _table(grid, caption=False)] if grid else []
+    if results.diagnostics:
+        parts += ["## Diagnostics", "\n".join(f"- {_plain(line)}" for line in tables.diagnostics(results))]
+    if results.lineage:
+        parts += ["## Lineage", "\n".join(_tree(tables.lineage(results), 0))]
+    parts += ["## How it was made", *_making(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def compared(results: Results, scopes: Sequence[Scope]) -> list[tuple[str, Scope]]:
+    """Candidates that were compared with everything, in each scope."""
+    families: dict[tuple[str, Scope], int] = {}
+    for effect in results.effects:
+        key = (effect.candidate, effect.scope)
+        families[key] = families.get(key, 0) + (effect.reference != "base")
+    return [
+        (candidate, scope)
+        for wanted in scopes
+        for (candidate, scope), count in families.items()
+        if scope == wanted and count
+    ]
+
+
+def intervals_note(results: Results) -> str:
+    """How the numbers were computed, in two sentences."""
+    return (
+        "Intervals are 95 % percentile intervals of a paired bootstrap over examples, stratified by task; standard "
+        "errors are those of a mean of independent examples. Both say what other examples of the same tasks would have "
+        "given: not other tasks, and not other training runs, of which there is one."
+    )
+
+
+def _present(results: Results) -> list[bool]:
+    return [inside for inside in (False, True) if inside in results.tasks.values()]
+
+
+def _making(results: Results) -> list[str]:
+    parts = [f"Command: `{results.command}`"] if results.command else []
+    if results.base is not None:
+        parts.append(f"Base model: {results.base.name}, `{results.base.digest}`")
+    parts.append(intervals_note(results))
+    grids = (tables.versions(results), tables.settings(results))
+    return parts + [_table(grid) for grid in grids if grid.rows]
+
+
+def _table(grid: Grid, *, caption: bool = True) -> str:
+    lines = [f"**{grid.caption}**", ""] if caption else []
+    lines.append("| " + " | ".join(map(_cell, grid.headers)) + " |")
+    lines.append("| --- |" + " ---: |" * (len(grid.headers) - 1))
+    for row, cells in enumerate(grid.rows):
+        shown = [
+            f"**{_cell(cell)}**" if (row, place) in grid.strong else _cell(cell) for place, cell in enumerate(cells)
+        ]
+        lines.append("| " + " | ".join(shown) + " |")
+    return "\n".join(lines + (["", grid.note] if grid.note else []))
+
+
+def _cell(text: str) -> str:
+    return _plain(text).replace("|", r"\|")
+
+
+def _plain(text: str) -> str:
+    """Text without line breaks and without what Markdown would take for markup."""
+    escaped = "".join(f"\\{letter}" if letter in "\\`*_<>[]" else letter for letter in text)
+    return " ".join(escaped.split())
+
+
+def _tree(generations: Sequence[Generation], depth: int) -> list[str]:
+    lines = []
+    for generation in generations:
+        lines.append("  " * depth + "- " + ", ".join(_node(node) for node in generation.nodes))
+        lines += _tree(generation.children, depth + 1)
+    return lines
+
+
+def _node(node: LineageNode) -> str:
+    return f"{_plain(node.name)} `{node.digest[:DIGEST]}`"
