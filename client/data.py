@@ -142,9 +142,9 @@ def _end(tokenizer: Any) -> list[int]:
 
 def collate(examples: Sequence[Tokens], pad: int) -> Batch:
     """One example a row, padded on the right to the longest of them."""
-    ids, labels, positions = _fill([[example] for example in examples], pad)
+    ids, labels, _ = _fill([[example] for example in examples], pad)
     lengths = torch.tensor([[len(example.ids) - 1] for example in examples])
-    return Batch(ids, labels, attention_mask=(positions < lengths).long())
+    return Batch(ids, labels, attention_mask=(torch.arange(ids.shape[1]) < lengths).long())
 
 
 def pack(examples: Sequence[Tokens], pad: int, max_tokens: int) -> Batch:

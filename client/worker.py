@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from seedbed.common.errors import SeedbedError, TrainingError
+from seedbed.common.errors import SeedbedError, StorageError, TrainingError
 
 WATCH = "SEEDBED_WATCH_STDIN"
 _MEMORY_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")
@@ -60,6 +60,8 @@ def _work(spec_file: Path, emit: Callable[[dict[str, Any]], None]) -> None:
 
     main_rank = int(os.environ.get("RANK", "0")) == 0
     spec = TrainSpec.model_validate_json(spec_file.read_text(encoding="utf-8"))
+    if spec.output.exists():  # said now rather than after hours of training
+        raise StorageError(f"{spec.output} is already there", "Choose another output directory.")
     trained = train(spec, emit if main_rank else _ignore)
     if not main_rank:
         return

@@ -192,7 +192,9 @@ def load(config: BaseModelConfig, device: torch.device | str | None = None) -> t
         ModelError: if it cannot be found or loaded.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # a bar of its own for every load would break into ours
     directory = resolve(config)
     target = torch.device(device) if device is not None else globals()["device"]()
     tokenizer = load_tokenizer(directory)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from seedbed.common.adapter import LoraFactors
 
-_SLICE = 512
+_SLICE = 256
 """Columns of A, and rows of B, that are stacked and widened at a time."""
 
 

@@ -221,7 +221,7 @@ def _end_stragglers(over: threading.Event) -> None:
         return
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::"):
+            if any(word.startswith("ray::ClientAppActor") for word in process.cmdline()[:1]):
                 process.kill()
 
 

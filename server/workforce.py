@@ -6,6 +6,7 @@ strategies wait for ever when a client vanishes, so waiting is ours: a poll, a d
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,8 @@ from seedbed.common.wire import RECORD, pack, unpack
 
 Value = TypeVar("Value", bound=Record)
 POLL_SECONDS = 0.2
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+_ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,13 +148,17 @@ class GridWorkforce:
 
 def _read(node: int, reply: Message, kind: type[Value]) -> Value | Failure:
     if reply.has_error():
-        return Failure(node, f"raised an error: {_first_line(reply.error.reason)}")
+        return Failure(node, f"raised an error: {_essence(reply.error.reason)}")
     try:
         return unpack(kind, reply.content.config_records.get(RECORD))
     except SeedbedError as error:
         return Failure(node, error.message)
 
 
-def _first_line(text: str | None) -> str:
-    lines = (text or "no reason given").strip().splitlines()
-    return lines[0][:500] if lines else "no reason given"
+def _essence(text: str | None) -> str:
+    """What went wrong, from a reason that may hold a whole traceback: the last line that names an error, else the first."""
+    lines = [line.strip(" '>") for line in _COLOURS.sub("", text or "").splitlines() if line.strip(" '>")]
+    if not lines:
+        return "no reason given"
+    named = [line for line in lines if _ERROR.match(line)]
+    return (named[-1] if named else lines[0])[:500]

@@ -23,8 +23,8 @@ from seedbed.common.examples import Example
 Split = Literal["train", "test"]
 _TEST_SHARE = 4
 """One held-in question in so many is for testing."""
-_PATIENCE = 200
-"""Draws for each wanted question before the task counts as exhausted."""
+_PATIENCE = 10_000
+"""Draws in a row without a new question after which the task counts as exhausted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,17 +75,18 @@ def examples(name: str, split: Split, count: int, seed: int) -> list[Example]:
         raise ConfigError(f"embedded task '{name}' is held out and has no training data", "Use it for evaluation only.")
     rng = random.Random(f"{seed}:{name}:{split}")
     drawn: dict[str, Example] = {}
-    for _ in range(_PATIENCE * count):
-        if len(drawn) == count:
-            break
+    idle = 0
+    while len(drawn) < count:
         question = task.generate(rng)
+        idle += 1
         if question.prompt not in drawn and (not task.held_in or _split_of(question) == split):
             drawn[question.prompt] = _shuffled(question, rng)
-    if len(drawn) < count:
-        raise DataError(
-            f"embedded task '{name}' has only about {len(drawn)} {split} questions, {count} were asked for",
-            "Ask for fewer.",
-        )
+            idle = 0
+        if idle > _PATIENCE:
+            raise DataError(
+                f"embedded task '{name}' has only about {len(drawn)} {split} questions, {count} were asked for",
+                "Ask for fewer.",
+            )
     return list(drawn.values())
 
 

@@ -197,7 +197,7 @@ def show(rows: list[dict[str, Any]], threads: int) -> None:
         if row["goals"]:
             table.add_row("", "goal", "", "", "", f"{row['goals']['speed']:,.0f}×", f"{row['goals']['memory']:,.0f}×")
         table.add_section()
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 Pair = tuple[str, str]
 WORDS = "time year people way day man thing woman life child world school state family student group country".split()
-BATCH_SIZES = (1, 4, 16, 64)
+BATCH_SIZES = (4, 16)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,9 @@ def test_parquet_holds_the_same_shapes(tmp_path: Path) -> None:
 
 def test_csv_holds_choices_as_a_json_list_and_text_over_several_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
-    path.write_text('instruction,prompt,choices,label\nAdd.,1 + 1,"[""2"", ""3""]",0\n,"two\nlines","[""a"", ""b""]",1\n')
+    path.write_text(
+        'instruction,prompt,choices,label\nAdd.,1 + 1,"[""2"", ""3""]",0\n,"two\nlines","[""a"", ""b""]",1\n'
+    )
     assert read_examples(path) == [EXAMPLES[0], Example("two\nlines", ("a", "b"), 1)]
     path.write_text("prompt,completion\n1 + 2,3\n")
     assert read_examples(path) == [EXAMPLES[1]]

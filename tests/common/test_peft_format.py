@@ -288,6 +288,14 @@ def test_damaged_tensor_files_are_refused(written: Path, damage: Any) -> None:
         read_adapter(written)
 
 
+def test_a_truncated_tensor_file_says_what_was_expected_and_got(written: Path) -> None:
+    path = written / TENSORS
+    path.write_bytes(path.read_bytes()[:-4])
+    # (2 + 3) · (16 + 16) numbers of 4 bytes
+    with pytest.raises(AdapterFormatError, match="expected 640 bytes of tensors, got 636"):
+        read_adapter(written)
+
+
 def test_offsets_that_overlap_or_lie_outside_are_refused(written: Path) -> None:
     path = written / TENSORS
     data = path.read_bytes()

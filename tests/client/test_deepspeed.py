@@ -1,0 +1,150 @@
+"""DeepSpeed trains what plain torch trains: with every ZeRO stage, with one rank and two, in one pass or several.
+
+Each case starts processes of its own through DeepSpeed's launcher, which takes some ten seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from seedbed.client.engine import deepspeed_config
+from seedbed.client.launch import run
+from seedbed.client.training import TrainSpec, train
+from seedbed.common.adapter import Adapter
+from seedbed.common.config import BaseModelConfig, LoraSettings, TrainingSettings
+from seedbed.common.embedded import write_task
+from seedbed.common.errors import DataError, TrainingError
+from seedbed.common.jobs import DataSource
+from seedbed.common.storage import read_adapter
+
+Make = Callable[..., TrainSpec]
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    directory = tmp_path_factory.mktemp("tasks")
+    write_task("addition", directory, train=40, test=4, seed=0)
+    source = DataSource(task="addition", location=str(directory / "addition.train.jsonl"))
+
+    def make(
+        output: Path, engine: str = "deepspeed", accumulation: int = 1, steps: int = 3, **changes: Any
+    ) -> TrainSpec:
+        settings = {
+            "engine": engine,
+            "steps": steps,
+            "batch_size": 8,
+            "warmup_steps": 1,
+            "weight_decay": 0.1,
+            "log_every": 1,
+            "accumulation": accumulation,
+            "deepspeed": changes.pop("deepspeed", {}),
+        }
+        return TrainSpec(
+            base=BaseModelConfig(dtype=changes.pop("dtype", "auto")),
+            lora=LoraSettings(rank=4),
+            training=TrainingSettings.model_validate(settings),
+            data=changes.pop("data", (source,)),
+            output=output,
+            threads=1,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def reference(spec: Make) -> Adapter:
+    return train(spec(Path("unused"), engine="torch"), lambda _: None).adapter
+
+
+def distance(one: Adapter, other: Adapter) -> float:
+    """Largest difference of any two entries."""
+    assert one.keys() == other.keys()
+    pairs = [(getattr(one[name], factor), getattr(other[name], factor)) for name in one for factor in "AB"]
+    return max(float((left - right).abs().max()) for left, right in pairs)
+
+
+def alive(mark: Path) -> list[psutil.Process]:
+    processes = psutil.process_iter(["cmdline", "status"])
+    return [
+        process
+        for process in processes
+        if any(str(mark) in part for part in process.info["cmdline"] or []) and process.info["status"] != "zombie"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "stage", "accumulation", "more"),
+    [
+        (1, 0, 1, {}),
+        (2, 1, 1, {}),
+        (2, 2, 2, {}),
+        (2, 3, 1, {}),
+        (1, 3, 2, {"offload_optimizer": True, "offload_parameters": True}),
+    ],
+)
+def test_deepspeed_agrees_with_torch(
+    spec: Make, reference: Adapter, tmp_path: Path, ranks: int, stage: int, accumulation: int, more: dict[str, bool]
+) -> None:
+    events: list[dict[str, Any]] = []
+    given = spec(
+        tmp_path / "adapter",
+        accumulation=accumulation,
+        deepspeed={"processes": ranks, "zero_stage": stage, **more},
+    )
+    outcome = run(given, on_event=events.append, deadline=300, log=tmp_path / "log")
+    assert [event["event"] for event in events] == ["start", "step", "step", "step", "done"]
+    assert events[0]["ranks"] == ranks
+    assert distance(read_adapter(outcome.directory)[0], reference) < 1e-4
+    assert alive(tmp_path) == []
+
+
+def test_factors_stay_float32_over_a_bfloat16_model_in_slices(spec: Make, tmp_path: Path) -> None:
+    given = spec(tmp_path / "adapter", dtype="bfloat16", steps=1, deepspeed={"processes": 1, "zero_stage": 3})
+    adapter, manifest = read_adapter(run(given, deadline=300, log=tmp_path / "log").directory)
+    assert manifest.dtype == "float32"
+    factors = next(iter(adapter.values()))
+    assert not torch.equal(factors.A, factors.A.bfloat16().float())
+
+
+def test_an_error_on_two_ranks_is_told_once_and_nothing_keeps_running(spec: Make, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    bad = DataSource(task="bad", location=str(tmp_path / "bad.jsonl"))
+    with pytest.raises(DataError, match="line 1: unknown shape"):
+        run(spec(tmp_path / "adapter", data=(bad,), deepspeed={"processes": 2}), deadline=300, log=tmp_path / "log")
+    assert alive(tmp_path) == []
+
+
+def test_a_rank_that_is_killed_takes_the_job_with_it(spec: Make, tmp_path: Path) -> None:
+    def kill_one(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 1:
+            ranks = [process for process in alive(tmp_path) if "deepspeed.launcher.launch" not in process.cmdline()]
+            ranks[-1].kill()
+
+    given = spec(tmp_path / "adapter", steps=100_000, deepspeed={"processes": 2})
+    with pytest.raises(TrainingError):
+        run(given, on_event=kill_one, deadline=300, log=tmp_path / "log")
+    assert alive(tmp_path) == []
+
+
+def test_deepspeed_is_configured_as_the_job_says() -> None:
+    training = TrainingSettings.model_validate(
+        {
+            "batch_size": 12,
+            "accumulation": 3,
+            "clip_norm": 0.5,
+            "deepspeed": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
+        }
+    )
+    config = deepspeed_config(training, ranks=2)
+    assert config["train_micro_batch_size_per_gpu"] == 2
+    assert config["gradient_accumulation_steps"] == 3
+    assert config["gradient_clipping"] == 0.5
+    assert config["zero_optimization"]["stage"] == 3
+    assert config["zero_optimization"]["offload_param"]["device"] == "cpu"
+    assert config["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
