@@ -58,7 +58,7 @@ class Batch:
         return Batch(self.input_ids.to(device), self.labels.to(device), mask, positions)
 
 
-def select(source: DataSource, seed: int) -> list[Example]:
+def select(source: DataSource) -> list[Example]:
     """Read a source and keep its share: the first `limit` examples, and of those a random `fraction`, at least one.
 
     A smaller fraction with the same seed is a subset of a larger one.
@@ -70,14 +70,14 @@ def select(source: DataSource, seed: int) -> list[Example]:
     if source.fraction >= 1:
         return examples
     order = list(range(len(examples)))
-    random.Random(f"fraction:{seed}:{source.task}").shuffle(order)
+    random.Random(f"fraction:{source.sample_seed}:{source.task}").shuffle(order)
     kept = sorted(order[: max(1, round(source.fraction * len(examples)))])
     return [examples[index] for index in kept]
 
 
 def digest_of(source: DataSource) -> str:
     """SHA-256 of what a source contributes to training: its examples, prompt template, fraction and limit."""
-    total = hashlib.sha256(json.dumps([source.task, source.prompt, source.fraction, source.limit]).encode())
+    total = hashlib.sha256(json.dumps([source.task, source.prompt, source.fraction, source.sample_seed, source.limit]).encode())
     for example in read_examples(source.location):
         total.update(json.dumps([example.instruction, example.prompt, example.choices, example.label]).encode())
     return total.hexdigest()
@@ -208,7 +208,7 @@ class Steps(Sequence[list[Tokens]]):
     ) -> None:
         if not sources:
             raise DataError("the job has no data", "Name at least one task with training examples.")
-        tasks = [select(source, seed) for source in sources]
+        tasks = [select(source) for source in sources]
         places = schedule([len(task) for task in tasks], steps * batch_size, seed)
         encoded = {
             place: encode(tasks[place[0]][place[1]], tokenizer, sources[place[0]].prompt, max_tokens)

@@ -25,7 +25,8 @@ class DataSource(Record):
     """Path of a .jsonl, .parquet or .csv file, or the id of a data set of the hub."""
     prompt: str = "Q: {prompt}\nA:"
     fraction: float = 1.0
-    """Share of the examples to use, drawn with the job's random seed."""
+    """Share of the examples to use, drawn with `sample_seed`."""
+    sample_seed: int = 0
     limit: int | None = None
 
 
@@ -71,7 +72,9 @@ class Job(Record):
     limit: int | None = None
     """Use at most so many examples of a task."""
     fraction: float = 1.0
-    """Share of the examples to use, drawn with `data_seed`."""
+    """Share of the examples to use, drawn with `sample_seed`."""
+    sample_seed: int = 0
+    """The same in every round of a seed, so that rounds together see no more than the fraction."""
     parent: str | None = None
     """Digest of the adapter to start from; none starts from a fresh one, drawn with `init_seed`, with B = 0."""
     lora: LoraSettings

@@ -188,6 +188,7 @@ class SeedbedLM(LM):  # type: ignore[misc]
         moved = [_move_spaces(context, continuation) for context, continuation in pairs]
         texts = list(dict.fromkeys(text for pair in moved for text in (pair[0], pair[0] + pair[1]) if pair[0]))
         encoded = dict(zip(texts, self.encode(texts), strict=True))
+        longest = self.max_length
         requests = []
         for context, continuation in moved:
             if context:
@@ -195,8 +196,8 @@ class SeedbedLM(LM):  # type: ignore[misc]
                 after = encoded[context + continuation][len(before) :]
             else:
                 before, after = self._without_context(continuation)
-            self._check(context, continuation, before, after)
-            requests.append(Request(tuple([*before, *after][-(self.max_length + 1) :]), len(after)))
+            _check(context, continuation, before, after, longest)
+            requests.append(Request(tuple([*before, *after][-(longest + 1) :]), len(after)))
         return requests
 
     def _without_context(self, text: str) -> tuple[list[int], list[int]]:
@@ -204,18 +205,6 @@ class SeedbedLM(LM):  # type: ignore[misc]
         if tokens and tokens[0] == self.prefix_token_id:
             return tokens[:1], tokens[1:]
         return [self.prefix_token_id], tokens
-
-    def _check(self, context: str, continuation: str, before: list[int], after: list[int]) -> None:
-        if not before or not after:
-            raise DataError(
-                f"the continuation {continuation!r} after {context[-40:]!r} has no token of its own to score",
-                "Give every choice at least one visible character.",
-            )
-        if len(after) > self.max_length:
-            raise DataError(
-                f"the continuation {continuation[:40]!r}… has {len(after)} tokens, the model reads {self.max_length}",
-                "Shorten the choice.",
-            )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids with the tokenizer's own special tokens, unless the text already begins with the prefix token."""
@@ -282,3 +271,16 @@ def _move_spaces(context: str, continuation: str) -> tuple[str, str]:
     """Move the context's trailing white space to the continuation, as tokenizers attach it to the next word."""
     bare = context.rstrip()
     return (bare, context[len(bare) :] + continuation) if context else (context, continuation)
+
+
+def _check(context: str, continuation: str, before: list[int], after: list[int], longest: int) -> None:
+    if not before or not after:
+        raise DataError(
+            f"the continuation {continuation!r} after {context[-40:]!r} has no token of its own to score",
+            "Give every choice at least one visible character.",
+        )
+    if len(after) > longest:
+        raise DataError(
+            f"the continuation {continuation[:40]!r}… has {len(after)} tokens, the model reads {longest}",
+            "Shorten the choice.",
+        )

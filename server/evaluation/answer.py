@@ -29,16 +29,36 @@ def answer(results: Results) -> str:
     name = best(results.candidates, scope)
     if name is None:
         return "No candidate was measured on every task, so there is no best one."
-    estimate = getattr(results.candidates[name].mean, scope)
-    tasks = f"{estimate.tasks} {_SCOPES[scope]} task{'s' if estimate.tasks > 1 else ''}"
-    where = f"{tasks}, which no expert was trained on," if scope == "held_out" else f"{tasks}"
-    opening = f"On the {where} the best combined model is the {results.candidates[name].label}"
-    if results.candidates[name].kind != "merge":
-        opening = f"On the {where} the best model is the {results.candidates[name].label}"
-    sentences = [f"{opening}, with {percent(estimate.value)} accuracy on average."]
-    sentences += _comparison(results, name, scope)
-    sentences += _seeding(results, name, scope)
+    label, mean = results.candidates[name].label, getattr(results.candidates[name].mean, scope)
+    kind = "best combined model" if results.candidates[name].kind == "merge" else "best model"
+    base, others = _compared(results, name, scope)
+    average = " on average" if mean.tasks > 1 else ""
+    opening = f"{_where(scope, mean.tasks)} the {kind} is the {label}: {percent(mean.value)} accuracy{average}"
+    sentences = [f"{opening}, {clause(base)}." if base is not None else f"{opening}."]
+    if others:
+        sentences.append(f"It is {_listed([clause(effect) for effect in others])}.")
+    seeding = results.effect("average", "unseeded", scope)
+    if name != "average" and seeding is not None:  # the question of the method itself
+        sentences.append(f"The seeded average is {clause(seeding)}.")
+        others = [*others, seeding]
+    if not all(effect.is_clear for effect in (base, *others) if effect is not None):
+        sentences.append("A difference whose interval includes zero may be chance.")
     return " ".join(sentences)
+
+
+def _where(scope: Scope, count: int) -> str:
+    tasks = f"{count} {_SCOPES[scope]} task{'s' if count > 1 else ''}"
+    return f"On the {tasks}, which no expert was trained on," if scope == "held_out" else f"On the {tasks}"
+
+
+def _compared(results: Results, name: str, scope: Scope) -> tuple[Effect | None, list[Effect]]:
+    """The differences to the base, and to the other references that there are."""
+    effects = [results.effect(name, reference, scope) for reference in _COMPARED]
+    return effects[0], [effect for effect in effects[1:] if effect is not None]
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{'; '.join(parts[:-1])}; and {parts[-1]}"
 
 
 def clause(effect: Effect) -> str:
@@ -48,7 +68,7 @@ def clause(effect: Effect) -> str:
     if round(100 * abs(effect.difference), 1) == 0:
         return f"level with {reference} ({interval})"
     side = "above" if effect.difference > 0 else "below"
-    doubt = "" if effect.is_clear else ", which includes zero, so this may be chance"
+    doubt = "" if effect.is_clear else ", which includes zero"
     return f"{abs(100 * effect.difference):.1f} points {side} {reference} ({interval}{doubt})"
 
 
@@ -60,20 +80,3 @@ def points(value: float) -> str:
     """Percentage points with a true minus sign; never `−0.0`."""
     rounded = round(100 * value, 1) + 0.0
     return f"{rounded:+.1f}".replace("-", "−") if rounded else "0.0"
-
-
-def _comparison(results: Results, name: str, scope: Scope) -> list[str]:
-    effects = [results.effect(name, reference, scope) for reference in _COMPARED]
-    clauses = [clause(effect) for effect in effects if effect is not None]
-    if not clauses:
-        return []
-    listed = clauses[0] if len(clauses) == 1 else f"{'; '.join(clauses[:-1])}; and {clauses[-1]}"
-    return [f"That is {listed}."]
-
-
-def _seeding(results: Results, name: str, scope: Scope) -> list[str]:
-    """The question of the method itself, where the best candidate does not already answer it."""
-    if name == "average":
-        return []
-    effect = results.effect("average", "unseeded", scope)
-    return [f"The seeded average is {clause(effect)}."] if effect is not None else []

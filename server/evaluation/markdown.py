@@ -11,12 +11,11 @@ from seedbed.server.evaluation.tables import DIGEST, Generation, Grid
 
 def markdown(results: Results) -> str:
     """The whole report."""
-    parts = [f"# {results.name}: what the federation gained", f"**{_plain(results.answer)}**"]
+    parts = [f"# {_plain(results.name)}: what the federation gained", f"**{_plain(results.answer)}**"]
     parts += [f"> {_plain(note)}" for note in results.notes]
-    parts += ["## Candidates", _table(tables.overview(results)), "## Differences"]
-    scopes: tuple[Scope, ...] = ("held_out", "held_in")
-    for candidate, scope in compared(results, scopes):
-        parts.append(_table(tables.differences(results, candidate, scope)))
+    parts += ["## Candidates", _table(tables.overview(results))]
+    grids = [tables.differences(results, *pair) for pair in compared(results)]
+    parts += ["## Differences", *map(_table, grids)] if grids else []
     parts += ["## Tasks", *(_table(tables.by_task(results, held_in=inside)) for inside in _present(results))]
     for grid in (tables.experts(results), tables.candidate_costs(results), tables.costs(results)):
         parts += [f"## {grid.caption}", _table(grid, caption=False)] if grid else []
@@ -28,18 +27,10 @@ def markdown(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def compared(results: Results, scopes: Sequence[Scope]) -> list[tuple[str, Scope]]:
-    """Candidates that were compared with everything, in each scope."""
-    families: dict[tuple[str, Scope], int] = {}
-    for effect in results.effects:
-        key = (effect.candidate, effect.scope)
-        families[key] = families.get(key, 0) + (effect.reference != "base")
-    return [
-        (candidate, scope)
-        for wanted in scopes
-        for (candidate, scope), count in families.items()
-        if scope == wanted and count
-    ]
+def compared(results: Results) -> list[tuple[str, Scope]]:
+    """Candidates that were compared with more than the base, held-out tasks first."""
+    pairs = [(effect.candidate, effect.scope) for effect in results.effects if effect.reference != "base"]
+    return sorted(dict.fromkeys(pairs), key=lambda pair: pair[1] != "held_out")
 
 
 def intervals_note(results: Results) -> str:
@@ -47,7 +38,8 @@ def intervals_note(results: Results) -> str:
     return (
         "Intervals are 95 % percentile intervals of a paired bootstrap over examples, stratified by task; standard "
         "errors are those of a mean of independent examples. Both say what other examples of the same tasks would have "
-        "given: not other tasks, and not other training runs, of which there is one."
+        "given: not other tasks, and not other training runs, of which there is one. The best candidate was chosen on "
+        "the examples that it is measured on, which flatters it a little."
     )
 
 

@@ -12,17 +12,16 @@ from seedbed.server.evaluation.style import CSS
 from seedbed.server.evaluation.tables import DIGEST, Generation, Grid
 
 
-def escape(text: str, *, quote: bool = False) -> str:
+def escape(text: str) -> str:
     """Text as HTML; a number keeps its % sign on its line."""
-    return _escape(text, quote=quote).replace(" %", "&nbsp;%")
+    return _escape(text).replace(" %", "&nbsp;%")
 
 
 def page(results: Results) -> str:
     """The whole report as an HTML document."""
-    scopes: tuple[Scope, ...] = ("held_out", "held_in")
     sections = [
         ("candidates", "Candidates", _figure(plots.accuracies(results)) + _table(tables.overview(results))),
-        ("differences", "Differences", "".join(_difference(results, *pair) for pair in compared(results, scopes))),
+        ("differences", "Differences", "".join(_difference(results, *pair) for pair in compared(results))),
         ("tasks", "Tasks", _tasks(results)),
         ("experts", "Experts", _optional(tables.experts(results))),
         ("effort", "Effort", _optional(tables.candidate_costs(results)) + _optional(tables.costs(results))),
@@ -76,7 +75,7 @@ def _optional(grid: Grid | None) -> str:
 
 def _table(grid: Grid, *, caption: bool = True) -> str:
     # A region that can be focused, so that a keyboard can scroll it too.
-    name = escape(grid.caption, quote=True)
+    name = escape(grid.caption)
     title = f"<caption>{escape(grid.caption)}</caption>" if caption else ""
     heads = "".join(f'<th scope="col">{escape(header)}</th>' for header in grid.headers)
     rows = "".join(_row(grid, index, row) for index, row in enumerate(grid.rows))

@@ -60,7 +60,8 @@ def accuracies(results: Results) -> str:
             told.append(f"{label}: " + ", ".join(f"{shown[row].label} {percent(mean.value)}" for row, mean in rows))
         _rows(axes, [entry.label for entry in shown])
         axes.set_xlabel("mean accuracy, %")
-        figure.legend(loc="outside upper left", ncols=2, frameon=False, handletextpad=0.3)
+        if told:
+            figure.legend(loc="outside upper left", ncols=2, frameon=False, handletextpad=0.3)
     return svg("accuracies", "Mean accuracy of each candidate", ". ".join(told))
 
 

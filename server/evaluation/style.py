@@ -47,6 +47,7 @@ pre { overflow-x: auto; padding: .8rem 1rem; background: var(--panel); border-ra
 pre code { color: inherit; }
 details { margin: 1rem 0; }
 summary { cursor: pointer; font-weight: 600; }
+details thead th { text-align: left; }
 details td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 @media print { nav { display: none; } .scroll, .wide { overflow: visible; } details > * { display: block; } }
 """

@@ -41,6 +41,7 @@ def overview(results: Results) -> Grid:
         ]
         for name, candidate in shown
     ]
+    rows.append(["guessing", _guessing(results, held_in=False), "", _guessing(results, held_in=True), "", "", ""])
     models = [index for index, (_, candidate) in enumerate(shown) if candidate.kind != "reference"]
     strong = {
         (row, column)
@@ -48,6 +49,14 @@ def overview(results: Results) -> Grid:
         for row in _largest([(index, getattr(shown[index][1].mean, scope)) for index in models])
     }
     return Grid("Mean accuracy ± standard error", headers, rows, frozenset(strong), _OVERVIEW_NOTE)
+
+
+def _guessing(results: Results, *, held_in: bool) -> str:
+    """Mean accuracy of guessing, where it is known of every task."""
+    chances = {task: score.chance for entry in results.candidates.values() for task, score in entry.tasks.items()}
+    known = [chances[task] for task, inside in results.tasks.items() if inside == held_in]
+    numbers = [chance for chance in known if chance is not None]
+    return percent(sum(numbers) / len(numbers)) if numbers and len(numbers) == len(known) else ""
 
 
 _OVERVIEW_NOTE = (
@@ -110,7 +119,7 @@ def by_task(results: Results, *, held_in: bool) -> Grid:
     strong = set()
     for row, task in enumerate(tasks):
         scores = [candidate.tasks.get(task) for candidate in shown]
-        first = next(score for score in scores if score is not None)
+        first = next(entry.tasks[task] for entry in results.candidates.values() if task in entry.tasks)
         rows.append([task, str(first.n), _chance(first), *(_score(score) for score in scores)])
         known = [score.value for score, entry in zip(scores, shown, strict=True) if score and entry.kind != "reference"]
         strong |= {

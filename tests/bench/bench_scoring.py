@@ -25,7 +25,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 Pair = tuple[str, str]
-WORDS = "time year people way day man thing woman life child world school state family student group country".split()
+WORDS = [
+    *("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child"),
+    *("world", "school", "state", "family", "student", "group", "country", "work", "hand", "part"),
+]
 BATCH_SIZES = (4, 16)
 
 
@@ -148,22 +151,23 @@ def compare(setting: Setting, ours: Any, hflm: Any, repeats: int) -> Row:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["random", "embedded", "smollm2"], default="random")
-    parser.add_argument("--items", type=int, default=0, help="of each setting; fits the model unless given")
+    parser.add_argument("--items", type=int, default=0, help="of each setting")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
     from lm_eval.models.huggingface import HFLM
+
     from seedbed.common.scoring import SeedbedLM
 
     logging.disable(logging.WARNING)
     model, tokenizer = load(options.model)
     ours = SeedbedLM(model, tokenizer)
     hflm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
-    few = options.items or (200 if options.model == "embedded" else 4)
+    count = options.items or (200 if options.model == "embedded" else 8)
     settings = (
-        Setting("4 choices, context 100+", 4, 100, (1, 6), few),
-        Setting("2 choices, context 40", 2, 40, (1, 4), options.items or 2 * few),
+        Setting("4 choices, context 100+", 4, 100, (1, 6), count),
+        Setting("2 choices, context 40", 2, 40, (1, 4), options.items or 2 * count),
     )
     rows = []
     for setting in settings:
@@ -178,7 +182,9 @@ def main() -> None:
             flush=True,
         )
     if options.json:
-        options.json.write_text(json.dumps({"model": options.model, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({"model": options.model, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Each case starts processes of its own through DeepSpeed's launcher, which takes 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,6 @@ from seedbed.client.launch import run
 from seedbed.client.training import TrainSpec, train
 from seedbed.common.adapter import Adapter
 from seedbed.common.config import BaseModelConfig, LoraSettings, TrainingSettings
-from seedbed.common.embedded import write_task
 from seedbed.common.errors import DataError, TrainingError
 from seedbed.common.jobs import DataSource
 from seedbed.common.storage import read_adapter
@@ -28,9 +28,11 @@ Make = Callable[..., TrainSpec]
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    directory = tmp_path_factory.mktemp("tasks")
-    write_task("addition", directory, train=40, test=4, seed=0)
-    source = DataSource(task="addition", location=str(directory / "addition.train.jsonl"))
+    # Completions of one to nine words, so that ranks with equally many examples have unequally many labels.
+    path = tmp_path_factory.mktemp("tasks") / "uneven.jsonl"
+    records = [{"prompt": "count", "completion": " ".join(["more"] * number)} for number in range(1, 10)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = DataSource(task="uneven", location=str(path))
 
     def make(
         output: Path, engine: str = "deepspeed", accumulation: int = 1, steps: int = 3, **changes: Any

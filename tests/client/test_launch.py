@@ -127,7 +127,7 @@ def test_a_worker_that_dies_without_a_word_is_told_with_the_last_of_its_log(
     (tmp_path / "transformers.py").write_text(
         "import os, sys\nprint('RuntimeError: no driver', file=sys.stderr)\nos._exit(3)\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(TrainingError, match="ended with exit code 3: RuntimeError: no driver") as failure:
         run(spec(), log=log)
     assert str(log) in failure.value.hint
@@ -137,7 +137,7 @@ def test_a_defect_is_told_in_one_line_and_its_traceback_is_in_the_log(
     spec: Callable[..., TrainSpec], log: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "transformers.py").write_text("raise ZeroDivisionError('a defect')\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     with pytest.raises(TrainingError, match="the training process failed: ZeroDivisionError: a defect"):
         run(spec(), log=log)
     assert "Traceback" in log.read_text()
@@ -147,7 +147,7 @@ def test_what_libraries_print_is_in_the_log_and_not_among_the_events(
     spec: Callable[..., TrainSpec], log: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "transformers.py").write_text("print('{\"event\": \"done\"}')\nraise ImportError('end')\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     events: list[dict[str, Any]] = []
     with pytest.raises(TrainingError, match="ImportError: end"):
         run(spec(), on_event=events.append, log=log)
@@ -176,7 +176,8 @@ def test_no_worker_outlives_a_client_that_is_killed(spec: Callable[..., TrainSpe
         "spec, log = TrainSpec.model_validate_json(sys.argv[1]), Path(sys.argv[2])\n"
         "run(spec, on_event=lambda event: print(event['event'], flush=True), log=log)"
     )
-    given = spec(training={"steps": ENDLESS}).model_dump_json()
+    # It says nothing for long, so that it cannot learn of our death from a broken pipe.
+    given = spec(training={"steps": ENDLESS, "log_every": ENDLESS}).model_dump_json()
     client = subprocess.Popen([sys.executable, "-c", program, given, str(log)], stdout=subprocess.PIPE, text=True)
     try:
         assert client.stdout is not None
@@ -184,9 +185,12 @@ def test_no_worker_outlives_a_client_that_is_killed(spec: Callable[..., TrainSpe
         assert [process.pid for process in workers(log) if process.pid != client.pid]
     finally:
         client.send_signal(signal.SIGKILL)
-        client.wait()
-        client.stdout.close()  # type: ignore[union-attr]
-    assert gone(log)
+        client.communicate()
+    try:
+        assert gone(log)
+    finally:
+        for process in workers(log):
+            process.kill()
 
 
 def test_an_output_that_is_there_is_never_overwritten(spec: Callable[..., TrainSpec], log: Path) -> None:

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.attach import AdapterSlot
 from seedbed.common.errors import AdapterMismatchError
-from torch import nn
 
 
 class Tiny(nn.Module):

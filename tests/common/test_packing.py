@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from seedbed.common.packing import Request, Tree, batches, collate, grow_trees
 
 FREE = 0.0
@@ -93,8 +94,13 @@ def test_batches_respect_the_number_of_predictions() -> None:
 
 
 def test_trees_beyond_the_attention_window_get_batches_of_their_own() -> None:
-    trees = grow_trees([request(*range(100 * n, 100 * n + size)) for n, size in enumerate([6, 12])], pair_cost=0, limit=9)
-    assert [[len(tree) for tree in batch] for batch in batches(trees, tokens=999, predictions=99, window=8)] == [[11], [5]]
+    trees = grow_trees(
+        [request(*range(100 * n, 100 * n + size)) for n, size in enumerate([6, 12])], pair_cost=0, limit=9
+    )
+    assert [[len(tree) for tree in batch] for batch in batches(trees, tokens=999, predictions=99, window=8)] == [
+        [11],
+        [5],
+    ]
 
 
 def test_collated_indices_point_at_what_they_should() -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.errors import AdapterMismatchError, DataError
 from seedbed.common.scoring import SeedbedLM
 
-TEXT = "the quick brown fox jumps over the lazy dog; who is it? nobody, he said: 12 and 34 make 46. " * 3
+TEXT = "the quick brown fox jumps over the lazy dog; who is it? nobody, he said: 12 and 34 make 46. " * 6
 TOLERANCE = 1e-4
 MODEL: dict[str, Any] = {
     "vocab_size": 320,
@@ -105,7 +106,7 @@ def test_the_token_budget_changes_no_number(model: Any, tokenizer: Any, batch_to
 
 
 def test_contexts_beyond_the_models_length_lose_their_beginning_as_in_hflm(model: Any, tokenizer: Any) -> None:
-    requests = pairs(6, longest=60)
+    requests = pairs(6, longest=150)
     lm = assert_same(model, tokenizer, requests)
     assert max(len(row) for row in lm.encode([context for context, _ in requests])) > lm.max_length
 
@@ -179,7 +180,7 @@ def test_a_sliding_window_narrower_than_the_text_equals_hflm(tokenizer: Any) -> 
 
 
 def test_rolling_log_likelihoods_equal_hflm_also_over_several_windows(model: Any, tokenizer: Any) -> None:
-    texts = [(TEXT,), ("short",), (TEXT[40:],), ("the lazy dog",)]
+    texts = [(TEXT,), ("short",), (TEXT[40:300],), ("the lazy dog",)]
     ours = SeedbedLM(model, tokenizer).loglikelihood_rolling(instances(texts))
     theirs = hflm(model, tokenizer).loglikelihood_rolling(instances(texts), disable_tqdm=True)
     assert len(tokenizer.encode(TEXT)) > MODEL["max_position_embeddings"]
@@ -256,9 +257,9 @@ def test_a_choice_longer_than_the_model_is_refused(model: Any, tokenizer: Any) -
 def test_progress_ends_at_the_number_of_requests(model: Any, tokenizer: Any) -> None:
     told: list[tuple[int, int]] = []
     requests = pairs(6, longest=8)
-    SeedbedLM(
-        model, tokenizer, batch_tokens=64, progress=lambda done, total: told.append((done, total))
-    ).score(requests)
+    SeedbedLM(model, tokenizer, batch_tokens=64, progress=lambda done, total: told.append((done, total))).score(
+        requests
+    )
     assert told[-1] == (len(requests), len(requests))
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert len(told) > 1
