@@ -77,7 +77,9 @@ def select(source: DataSource) -> list[Example]:
 
 def digest_of(source: DataSource) -> str:
     """SHA-256 of what a source contributes to training: its examples, prompt template, fraction and limit."""
-    total = hashlib.sha256(json.dumps([source.task, source.prompt, source.fraction, source.sample_seed, source.limit]).encode())
+    total = hashlib.sha256(
+        json.dumps([source.task, source.prompt, source.fraction, source.sample_seed, source.limit]).encode()
+    )
     for example in read_examples(source.location):
         total.update(json.dumps([example.instruction, example.prompt, example.choices, example.label]).encode())
     return total.hexdigest()

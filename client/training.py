@@ -88,6 +88,7 @@ def _source(node: Node, task: str, job: Job) -> DataSource:
             limits = [limit for limit in (source.limit, job.limit) if limit is not None]
             share = source.fraction * job.fraction
             update = {"fraction": share, "prompt": job.prompt, "limit": min(limits, default=None)}
+            update["sample_seed"] = job.sample_seed
             return source.model_copy(update=update)
     has = ", ".join(source.task for source in node.data) or "none"
     raise DataError(f"participant '{node.name}' has no data of the task '{task}'", f"It has: {has}.")

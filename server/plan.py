@@ -28,7 +28,11 @@ class Planner:
         """One federated round: every client trains from `parent`, or from one shared initialization in the first."""
         return [
             self._job("seed", f"seed:{task}:round-{index + 1}", (task,), parent, self._seed_training()).model_copy(
-                update={"fraction": self.config.seed.fraction, "data_seed": self._draw(1000 + index)}
+                update={
+                    "fraction": self.config.seed.fraction,
+                    "data_seed": self._draw(1000 + index),
+                    "sample_seed": self._draw(1000),
+                }
             )
             for task in tasks
         ]

@@ -131,10 +131,13 @@ def test_tasks_share_the_places_equally_whatever_their_size() -> None:
 
 def test_a_fraction_is_drawn_with_the_seed_and_nested_and_never_empty(tmp_path: Path) -> None:
     whole = source(tmp_path / "t.jsonl", *(f"text {number}" for number in range(20)))
-    assert len(select(whole, 0)) == 20
+    assert len(select(whole)) == 20
 
     def share(fraction: float, seed: int = 0) -> list[str]:
-        return [example.completion for example in select(whole.model_copy(update={"fraction": fraction}), seed)]
+        return [
+            example.completion
+            for example in select(whole.model_copy(update={"fraction": fraction, "sample_seed": seed}))
+        ]
 
     assert len(share(0.1)) == 2
     assert len(share(0.5)) == 10
@@ -146,8 +149,8 @@ def test_a_fraction_is_drawn_with_the_seed_and_nested_and_never_empty(tmp_path: 
 
 def test_a_limit_keeps_the_first_examples_before_the_fraction_is_drawn(tmp_path: Path) -> None:
     limited = source(tmp_path / "t.jsonl", "a", "b", "c", "d", limit=2)
-    assert [example.completion for example in select(limited, 0)] == ["a", "b"]
-    assert len(select(limited.model_copy(update={"fraction": 0.5}), 0)) == 1
+    assert [example.completion for example in select(limited)] == ["a", "b"]
+    assert len(select(limited.model_copy(update={"fraction": 0.5}))) == 1
 
 
 def test_the_digest_of_a_source_follows_its_contents_not_its_place(tmp_path: Path) -> None:

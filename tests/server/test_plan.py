@@ -33,10 +33,11 @@ def test_the_joint_adapter_takes_as_many_steps_as_all_clients_together() -> None
     assert planner().joint(["a", "b"]).training.steps == 2 * (20 + 2 * 5)
 
 
-def test_seed_rounds_share_an_initialization_and_differ_in_their_data() -> None:
+def test_seed_rounds_share_an_initialization_and_differ_in_the_order_of_their_data() -> None:
     first, second = planner().seed_round(0, None, ["a", "b"]), planner().seed_round(1, "digest", ["a", "b"])
     assert len({job.init_seed for job in first}) == 1
     assert first[0].data_seed != second[0].data_seed
+    assert first[0].sample_seed == second[0].sample_seed, "all rounds together see one fraction of the data"
     assert {job.fraction for job in first + second} == {0.1}
 
 
