@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from seedbed.common import algebra, lowrank
+from seedbed.common import algebra
 from seedbed.common.adapter import Adapter
 from seedbed.common.manifest import BaseIdentity, Kind, recipe_hash
 from seedbed.common.storage import read_adapter, write_adapter
-from seedbed.common.versions import software_versions
 from seedbed.server.ledger import Entry
+from seedbed.server.merge_files import merge_directories
 from seedbed.server.observer import Observer
 from seedbed.server.rundir import RunDirectory
 
@@ -27,6 +28,24 @@ class Combination:
     task: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """How a candidate is merged: of which experts, by which row of the table of methods."""
+
+    parents: str
+    """`experts` or `unseeded`."""
+    method: str
+    takes_rank: bool = False
+
+
+_MERGED = {
+    "average": _Recipe("experts", "average"),
+    "compressed": _Recipe("experts", "svd", takes_rank=True),
+    "factor_mean": _Recipe("experts", "factor_mean"),
+    "unseeded": _Recipe("unseeded", "average"),
+}
+
+
 class Combiner:
     """Makes combined adapters, each once: what the ledger and the store hold is not made again."""
 
@@ -37,15 +56,16 @@ class Combiner:
 
     def given_seed(self, adapter: Adapter) -> str:
         """Take an adapter from outside into the store as the seed."""
-        return self._put("seed", "seed", recipe_hash({"given": _content(adapter)}), (), {}, lambda: adapter)
+        recipe = recipe_hash({"given": _content(adapter)})
+
+        def make(directory: Path) -> None:
+            write_adapter(directory, adapter, kind="seed", base=self.base, recipe=recipe)
+
+        return self._once("seed", recipe, make)
 
     def seed(self, parents: Sequence[str], round_index: int) -> str:
         """One round's seed: A and B averaged apart, nearly exact since all parents share their start."""
-        options = {"round": round_index + 1}
-        recipe = _recipe("factor_mean", parents, options)
-        return self._put(
-            f"seed:round-{round_index + 1}", "seed", recipe, parents, options, lambda: self._factor_mean(parents)
-        )
+        return self._merge(f"seed:round-{round_index + 1}", "factor_mean", parents, kind="seed")
 
     def combine(self, seed: str | None, experts: Mapping[str, str], references: Mapping[str, str]) -> list[Combination]:
         """All candidates that the configuration names, in its order, published under ``adapters/``.
@@ -68,18 +88,16 @@ class Combiner:
 
     def diagnostics(self, experts: Mapping[str, str], references: Mapping[str, str]) -> dict[str, float]:
         """How far averaging A and B apart is from the exact mean, for seeded and for unseeded experts."""
-        gaps = {"factor_gap_seeded": list(experts.values()), "factor_gap_unseeded": _unseeded(references)}
-        return {
-            name: float(algebra.factor_gap([self._adapter(digest) for digest in digests]).overall)
-            for name, digests in gaps.items()
-            if len(digests) > 1
-        }
+        groups = {"factor_gap_seeded": list(experts.values()), "factor_gap_unseeded": _unseeded(references)}
+        return {name: self._factor_gap(digests) for name, digests in groups.items() if len(digests) > 1}
+
+    def _factor_gap(self, digests: Sequence[str]) -> float:
+        adapters = [read_adapter(self.run.store.open(digest))[0] for digest in digests]
+        return float(algebra.factor_gap(adapters).overall)
 
     def _candidate(
         self, name: str, seed: str | None, experts: Mapping[str, str], references: Mapping[str, str]
     ) -> list[Combination]:
-        parents = list(experts.values())
-        rank = self.run.config.combine.rank or self.run.config.lora.rank
         if name == "base":
             return [Combination("base", None)]
         if name == "seed":
@@ -88,76 +106,50 @@ class Combiner:
             return [Combination(job, digest, job.partition(":")[2]) for job, digest in experts.items()]
         if name == "joint":
             return [Combination("joint", references["joint"])]
-        if name == "unseeded":
-            parents = _unseeded(references)
-        rows: dict[str, tuple[dict[str, Any], Callable[[], Adapter]]] = {
-            "average": ({}, lambda: self._average(parents)),
-            "unseeded": ({}, lambda: self._average(parents)),
-            "compressed": ({"rank": rank}, lambda: lowrank.compress(self._average(parents), rank)),
-            "factor_mean": ({}, lambda: self._factor_mean(parents)),
-        }
-        options, make = rows[name]
-        return [Combination(name, self._put(name, "merge", _recipe(name, parents, options), parents, options, make))]
+        recipe = _MERGED[name]
+        parents = list(experts.values()) if recipe.parents == "experts" else _unseeded(references)
+        rank = (self.run.config.combine.rank or self.run.config.lora.rank) if recipe.takes_rank else None
+        return [Combination(name, self._merge(name, recipe.method, parents, rank))]
 
-    def _average(self, digests: Sequence[str]) -> Adapter:
-        return algebra.average([self._adapter(digest) for digest in digests])
-
-    def _factor_mean(self, digests: Sequence[str]) -> Adapter:
-        return algebra.factor_mean(self._each(digests))
-
-    def _each(self, digests: Sequence[str]) -> Iterable[tuple[Adapter, float]]:
-        return ((self._adapter(digest), 1.0) for digest in digests)
-
-    def _adapter(self, digest: str) -> Adapter:
-        return read_adapter(self.run.store.open(digest))[0]
-
-    def _put(
-        self,
-        name: str,
-        kind: Kind,
-        recipe: str,
-        parents: Sequence[str],
-        options: Mapping[str, Any],
-        make: Callable[[], Adapter],
+    def _merge(
+        self, name: str, method: str, parents: Sequence[str], rank: int | None = None, kind: Kind = "merge"
     ) -> str:
+        recipe = recipe_hash({"combine": method, "parents": list(parents), "rank": rank, "kind": kind})
+
+        def make(directory: Path) -> None:
+            merge_directories([self.run.store.open(digest) for digest in parents], method, directory, rank, kind=kind)
+
+        return self._once(name, recipe, make)
+
+    def _once(self, name: str, recipe: str, make: Callable[[Path], None]) -> str:
+        """Have an adapter written and put into the store, unless the ledger says that it is there."""
         held = self.run.ledger.accepted(recipe, "combined")
         if held:
             return held.digest
-        with tempfile.TemporaryDirectory(dir=self.run.root, prefix=".combine-") as scratch:
-            directory = Path(scratch) / "adapter"
-            write_adapter(
-                directory,
-                make(),
-                kind=kind,
-                base=self.base,
-                parents=tuple(parents),
-                recipe=recipe,
-                settings={"method": name.partition(":")[0], **options},
-                versions=software_versions(),
-            )
+        with _scratch(self.run.root) as directory:
+            make(directory)
             digest = self.run.store.put(directory)
         self.run.ledger.append(Entry(event="combined", name=name, key=recipe, digest=digest))
         return digest
+
+
+@contextmanager
+def _scratch(root: Path) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=root, prefix=".tmp-combine-") as directory:
+        yield Path(directory) / "adapter"
 
 
 def _unseeded(references: Mapping[str, str]) -> list[str]:
     return [digest for job, digest in references.items() if job.startswith("unseeded:")]
 
 
-def _recipe(method: str, parents: Sequence[str], options: Mapping[str, Any]) -> str:
-    return recipe_hash({"combine": method, "parents": list(parents), "options": dict(options)})
+def _content(adapter: Adapter) -> dict[str, list[float | str]]:
+    """What an adapter computes, hashed: the same for equal factors, whatever file they came in."""
 
+    def digest(factor: object) -> str:
+        import torch
 
-def _content(adapter: Adapter) -> dict[str, Any]:
-    import hashlib
+        assert isinstance(factor, torch.Tensor)
+        return hashlib.sha256(factor.detach().float().contiguous().cpu().numpy().tobytes()).hexdigest()
 
-    return {
-        name: [
-            factors.scaling,
-            *(
-                hashlib.sha256(m.float().contiguous().cpu().numpy().tobytes()).hexdigest()
-                for m in (factors.A, factors.B)
-            ),
-        ]
-        for name, factors in adapter.items()
-    }
+    return {name: [module.scaling, digest(module.A), digest(module.B)] for name, module in adapter.items()}

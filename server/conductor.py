@@ -19,23 +19,16 @@ from seedbed.common.manifest import BaseIdentity
 from seedbed.common.targets import target_shapes
 from seedbed.server.assembly import assemble
 from seedbed.server.describe import plan_tables
-from seedbed.server.evaluation import report
 from seedbed.server.evaluation import results as records
+from seedbed.server.evaluation.report import render
 from seedbed.server.evaluation.results import Results
 from seedbed.server.federation import Federation
+from seedbed.server.inputs import EMBEDDED_TEST, Inputs, find_inputs, write_embedded
 from seedbed.server.ledger import Entry
 from seedbed.server.measurement import Measurement
 from seedbed.server.observer import Observer, Silent
 from seedbed.server.rundir import RunDirectory
-from seedbed.server.simulation import (
-    EMBEDDED_TEST,
-    Inputs,
-    find_inputs,
-    simulate,
-    worker_count,
-    write_embedded,
-    write_nodes,
-)
+from seedbed.server.simulation import simulate, worker_count, write_nodes
 from seedbed.server.workforce import Failure, Workforce
 
 
@@ -68,7 +61,7 @@ def conduct(setting: Setting, workforce: Workforce) -> Results:
         scores = Measurement(run, setting.base, setting.inputs.test, setting.observe).scores(candidates)
         results, outcomes = assemble(run, setting.base, candidates, scores, federation.diagnostics, setting.command)
         records.save(run.root, results, outcomes)
-        report.render(run.root)
+        render(run.root)
     except SeedbedError as error:
         run.ledger.append(Entry(event="failed", reason=error.message))
         raise

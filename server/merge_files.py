@@ -12,13 +12,19 @@ from pathlib import Path
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.algebra import normalized
 from seedbed.common.errors import AdapterMismatchError, ConfigError, StorageError
-from seedbed.common.manifest import BaseIdentity, Manifest, recipe_hash
+from seedbed.common.manifest import BaseIdentity, Kind, Manifest, recipe_hash
 from seedbed.common.storage import AdapterFile, require_base, write_adapter
 from seedbed.server.merging import Method, Options, method_named
 
 
 def merge_directories(
-    inputs: Sequence[Path], method: str, out: Path, rank: int | None = None, weights: Sequence[float] | None = None
+    inputs: Sequence[Path],
+    method: str,
+    out: Path,
+    rank: int | None = None,
+    weights: Sequence[float] | None = None,
+    *,
+    kind: Kind = "merge",
 ) -> Manifest:
     """Merge adapters of one base model.
 
@@ -28,6 +34,7 @@ def merge_directories(
         out: the directory to make.
         rank: rank of the result, for a method that takes one; modules whose inputs have less together get that.
         weights: one for each input, not negative; divided by their sum. None weighs all the same.
+        kind: what the result is called in its manifest.
 
     Returns:
         The manifest of the result; its parents are the digests of the inputs.
@@ -50,7 +57,7 @@ def merge_directories(
     return write_adapter(
         out,
         _merge(row, files, shares, options),
-        kind="merge",
+        kind=kind,
         base=base,
         parents=digests,
         recipe=recipe_hash({"merge": settings, "parents": list(digests)}),
