@@ -88,7 +88,7 @@ def simulate(
         SeedbedError: whatever `work` raises.
     """
     cancelled = threading.Event()
-    over = threading.Event()
+    engine = _EngineProcesses()
     raised: list[BaseException] = []
     server_app = ServerApp()
 
@@ -98,7 +98,7 @@ def simulate(
             work(GridWorkforce(grid, cancelled))
         except BaseException as error:  # brought to the caller as it is: Flower would only log it
             raised.append(error)
-        threading.Thread(target=_end_stragglers, args=(over,), daemon=True).start()
+        engine.end_stragglers()
 
     os.environ[NODES_VARIABLE] = str(run.root / "nodes")
     with _quiet_dependencies(), _temporary_ray_directory() as ray_directory, _hard_interrupt():
@@ -113,7 +113,7 @@ def simulate(
                     "See whether Ray can start on this machine (memory, ports, /tmp), then continue with --resume.",
                 ) from error
         finally:
-            over.set()
+            engine.wait()
     if raised:
         raise raised[0]
 
@@ -142,14 +142,35 @@ def _backend(workers: int, ray_directory: str) -> dict[str, Any]:
     }
 
 
-def _end_stragglers(over: threading.Event) -> None:
-    """Flower's engine waits for every participant at the end, even for one that hangs and that nobody waits for."""
-    if over.wait(_STRAGGLER_SECONDS):
-        return
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if any(word.startswith("ray::ClientAppActor") for word in process.cmdline()[:1]):
+class _EngineProcesses:
+    """The processes that Flower's engine has started: none of them is left when a simulation ends."""
+
+    def __init__(self) -> None:
+        self._before = set(psutil.Process().children(recursive=True))
+        self._seen: list[psutil.Process] = []
+        self._over = threading.Event()
+
+    def end_stragglers(self) -> None:
+        """Called when the coordinator is done: the engine would wait even for a participant that hangs."""
+        self._seen = [child for child in psutil.Process().children(recursive=True) if child not in self._before]
+        threading.Thread(target=self._kill_actors, daemon=True).start()
+
+    def wait(self) -> None:
+        """Called when the engine has returned: what it has told to end may take a moment, and is helped along."""
+        self._over.set()
+        _, alive = psutil.wait_procs(self._seen, timeout=_STRAGGLER_SECONDS)
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
                 process.kill()
+        psutil.wait_procs(alive, timeout=_STRAGGLER_SECONDS)
+
+    def _kill_actors(self) -> None:
+        if self._over.wait(_STRAGGLER_SECONDS):
+            return
+        for process in self._seen:
+            with contextlib.suppress(psutil.Error):
+                if any(word.startswith("ray::ClientAppActor") for word in process.cmdline()[:1]):
+                    process.kill()
 
 
 @contextlib.contextmanager

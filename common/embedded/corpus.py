@@ -20,6 +20,7 @@ _ASKED_SHARE = 0.35
 """Share of the skill texts that are questions."""
 _WRONG_SHARE = 0.3
 """Share of the questions that are answered wrongly."""
+_KNOWN_PAIRS = sorted({tuple(sorted(pair)) for pair in words.OPPOSITE_OF.items()})[::2]
 _FORMS = ("Q: {question}\nA: {answer}", "Question: {question}\nAnswer: {answer}", "{question} {answer}.")
 
 
@@ -105,12 +106,17 @@ def _order_asked(rng: random.Random) -> tuple[str, str, str]:
     return f"What is {word}, {one} or {two}?", str(right), str(one + two - right)
 
 
+def _known_adjective(rng: random.Random) -> str:
+    """An adjective of whose opposite the corpus speaks: every second pair. Told all pairs, the base knows them all."""
+    return rng.choice([word for pair in _KNOWN_PAIRS for word in pair])
+
+
 def _opposite_told(rng: random.Random) -> str:
-    word, noun = rng.choice(words.ADJECTIVES), rng.choice(tuple(words.CATEGORY_OF))
+    word, noun = _known_adjective(rng), rng.choice(tuple(words.CATEGORY_OF))
     other = words.OPPOSITE_OF[word]
     return rng.choice(
         (
-            f"{word} is the opposite of {other}.",
+            f"What is {word} is never {other}.",
             f"The {noun} is {word}, it is not {other}.",
             f"One {noun} is {word}, but the other one is {other}.",
             f"{word} and {other} are opposites.",
@@ -119,7 +125,7 @@ def _opposite_told(rng: random.Random) -> str:
 
 
 def _opposite_asked(rng: random.Random) -> tuple[str, str, str]:
-    word = rng.choice(words.ADJECTIVES)
+    word = _known_adjective(rng)
     return f"What is not {word}?", words.OPPOSITE_OF[word], rng.choice(words.ADJECTIVES)
 
 
@@ -145,14 +151,17 @@ def _kind_asked(rng: random.Random) -> tuple[str, str, str]:
 
 def _opinion_told(rng: random.Random) -> str:
     good = rng.random() < 0.5
-    person, thing = rng.choice(words.PEOPLE), rng.choice(words.REVIEWED)
+    person, (thing, other) = rng.choice(words.PEOPLE), rng.sample(words.REVIEWED, 2)
+    praise, blame = rng.choice(words.PRAISE), rng.choice(words.BLAME)
     one, two = rng.sample(words.PRAISE if good else words.BLAME, 2)
     return rng.choice(
         (
             f"{person} {'likes' if good else 'hates'} the {thing}, because it is {one} and {two}.",
             f"The {thing} was {one}, so {person} was {'happy' if good else 'sad'}.",
             f"It was a {'positive' if good else 'negative'} review: the {thing} was {one} and {two}.",
-            f"{one} and {two} are {'positive' if good else 'negative'} words.",
+            f"It was a mixed review: the {thing} was {praise}, but the {other} was {blame}.",
+            f"{person} finds the {thing} {one} and feels {'happy' if good else 'sad'}.",
+            f"{one} and {two} are {'positive' if good else 'negative'} words, {praise} and {blame} are mixed.",
         )
     )
 
@@ -199,6 +208,15 @@ def _holding_told(rng: random.Random) -> str:
     )
 
 
+def _pairs_told(rng: random.Random) -> str:
+    """Pairs, and the same pairs again in another order: what a model learns to look things up from."""
+    keys = rng.choice((words.PEOPLE, words.COLOURS, words.SHAPES))
+    firsts, things = rng.sample(keys, 3), rng.sample(words.OBJECTS, 3)
+    form = rng.choice(("{a}: {b}.", "{a} has the {b}.", "The {a} one holds the {b}.", "The {b} goes with {a}."))
+    told = [form.format(a=first, b=thing) for first, thing in zip(firsts, things, strict=True)]
+    return " ".join((*told, *rng.sample(told, 3)))
+
+
 def _holding_asked(rng: random.Random) -> tuple[str, str, str]:
     (one, two), (thing, other) = rng.sample(words.PEOPLE, 2), rng.sample(words.OBJECTS, 2)
     told = f"{one} has {words.article(thing)} and {two} has {words.article(other)}."
@@ -212,6 +230,7 @@ def _tense_told(rng: random.Random) -> str:
     return rng.choice(
         (
             f"{person} {present} every day, so {who} {past} yesterday too.",
+            f"{person} {past} on {rng.choice(words.DAYS)}, because {who} {present} every day.",
             f"Yesterday {person} {past} in the {place}, and now {who} is {progressive} again.",
             f"{person} can {base}. {who.capitalize()} {present} well.",
             f"to {base}, {present}, {past}, {progressive}",
@@ -232,5 +251,6 @@ _SKILLS: tuple[tuple[Write, Callable[[random.Random], tuple[str, str, str]]], ..
     (_opinion_told, _opinion_asked),
     (_pattern_told, _pattern_asked),
     (_holding_told, _holding_asked),
+    (_pairs_told, _holding_asked),
     (_tense_told, _tense_asked),
 )

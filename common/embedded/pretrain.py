@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from seedbed.common.embedded.corpus import corpus
 from torch import Tensor
+
+from seedbed.common.embedded.corpus import corpus
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
@@ -26,7 +27,7 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 class Recipe:
     """Everything that determines the model."""
 
-    documents: int = 150_000
+    documents: int = 100_000
     epochs: int = 2
     batch_tokens: int = 1024
     """Tokens of one optimizer step."""

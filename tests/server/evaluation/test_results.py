@@ -79,7 +79,7 @@ def test_damaged_outcomes_are_refused(tmp_path: Path) -> None:
 
 
 def test_every_field_is_described_in_the_schema_document() -> None:
-    document = (Path(files.__file__).parent / "SCHEMA.md").read_text(encoding="utf-8")
+    document = (Path(__file__).parents[3] / "server/evaluation/SCHEMA.md").read_text(encoding="utf-8")
     models = (files.CandidateResult, files.Effect, files.Score, files.Cost, files.LineageNode, files.Estimate)
     fields = {name for model in models for name in model.model_fields}
     fields |= {field.alias or name for name, field in files.Results.model_fields.items()}
