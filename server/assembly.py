@@ -33,7 +33,7 @@ def assemble(
         config=run.config.model_dump(mode="json"),
         versions=software_versions(),
         lineage=lineage(run.store, run.ledger, digests),
-        costs=_costs(run.ledger),
+        costs=_costs(run.ledger, run.config.training.batch_size),
         diagnostics=diagnostics,
         notes=_notes(run.ledger),
     )
@@ -78,14 +78,14 @@ def _largest_rank(adapter: Adapter) -> int:
     return max(factors.rank for factors in adapter.values())
 
 
-def _costs(ledger: Ledger) -> list[Cost]:
+def _costs(ledger: Ledger, batch_size: int) -> list[Cost]:
     return [
         Cost(
             name=entry.name,
             node=entry.node,
             seconds=entry.seconds,
             steps=int(entry.detail.get("steps", 0)),
-            examples=int(entry.detail.get("examples", 0)),
+            examples=int(entry.detail.get("steps", 0)) * batch_size,
             tokens=int(entry.detail.get("tokens", 0)),
         )
         for entry in ledger.of("accepted")
