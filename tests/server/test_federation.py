@@ -355,3 +355,14 @@ def test_a_directory_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ResumeError, match=r"no config\.yaml"):
         open_run(tmp_path, resume=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_public_seed_is_made_by_the_participant_that_holds_the_sample(tmp_path: Path) -> None:
+    sample = tmp_path / "sample.jsonl"
+    sample.write_text('{"text": "anything"}\n')
+    run = open_run(tmp_path / "run", config(seed={"mode": "public", "data": str(sample), "steps": 2}))
+    village = Village(run.root / "store")
+    found = conduct(run, village)
+    assert village.asked[0] == "seed:public"
+    assert delta(run, found["seed"]) == 2 + len("public")
+    assert delta(run, found["unseeded"]) == 3 + 1, "no client has spent steps on the seed"

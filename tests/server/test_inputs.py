@@ -1,0 +1,82 @@
+"""What a simulation reads and whom it starts, before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from seedbed.common.config import FederationConfig, parse_config
+from seedbed.common.errors import ConfigError
+from seedbed.common.jobs import Node
+from seedbed.server.inputs import find_inputs, write_embedded
+from seedbed.server.rundir import RunDirectory
+from seedbed.server.simulation import worker_count, write_nodes
+
+
+def directory(root: Path, *names: str) -> Path:
+    root.mkdir()
+    for name in names:
+        line = json.dumps({"prompt": "1 plus 1?", "choices": ["2", "3"], "label": 0})
+        (root / f"{name}.jsonl").write_text(line + "\n")
+    return root
+
+
+def config(data: Path, **values: object) -> FederationConfig:
+    return parse_config({"tasks": {"experts": ["a"], "held_out": ["z"], "data": str(data)}, **values})
+
+
+def test_every_task_file_is_found_and_hashed(tmp_path: Path) -> None:
+    data = directory(tmp_path / "data", "a.train", "a.test", "z.test")
+    found = find_inputs(config(data))
+    assert found is not None
+    assert set(found.train) == {"a"}
+    assert set(found.test) == {"a", "z"}
+    assert set(found.hashes) == {str(data / f"{name}.jsonl") for name in ("a.train", "a.test", "z.test")}
+
+
+def test_a_changed_line_changes_the_hash(tmp_path: Path) -> None:
+    data = directory(tmp_path / "data", "a.train", "a.test", "z.test")
+    before = find_inputs(config(data))
+    line = json.dumps({"prompt": "1 plus 1?", "choices": ["2", "3"], "label": 1})
+    (data / "a.train.jsonl").write_text(line + "\n")
+    after = find_inputs(config(data))
+    assert before is not None
+    assert after is not None
+    assert {name for name in before.hashes if before.hashes[name] != after.hashes[name]} == {
+        str(data / "a.train.jsonl")
+    }
+
+
+def test_embedded_tasks_are_generated_the_same_every_time(tmp_path: Path) -> None:
+    settings = parse_config({"tasks": {"experts": ["addition"], "held_out": ["mood"]}})
+    assert find_inputs(settings) is None
+    one, two = (write_embedded(settings, tmp_path / name) for name in ("one", "two"))
+    assert Path(one.train["addition"]).read_bytes() == Path(two.train["addition"]).read_bytes()
+    assert set(one.train) == {"addition"}
+
+
+def test_an_embedded_task_without_training_data_makes_no_expert() -> None:
+    with pytest.raises(ConfigError, match="mood"):
+        find_inputs(parse_config({"tasks": {"experts": ["mood"]}}))
+
+
+def test_only_the_node_with_all_data_gets_everybodys(tmp_path: Path) -> None:
+    data = directory(tmp_path / "data", "a.train", "a.test", "b.train", "b.test")
+    settings = parse_config({"tasks": {"experts": ["a", "b"], "data": str(data)}})
+    found = find_inputs(settings)
+    assert found is not None
+    run = RunDirectory.open(tmp_path / "run", settings, found.hashes, resume=False)
+    assert write_nodes(run, found, pooled=True, threads=1) == 3
+    nodes = [Node.model_validate(yaml.safe_load((run.root / f"nodes/{n}.yaml").read_text())) for n in range(3)]
+    told = {node.name: ([source.task for source in node.data], node.pooled) for node in nodes}
+    assert told == {"all-data": (["a", "b"], True), "a": (["a"], False), "b": (["b"], False)}
+    run.close()
+
+
+def test_workers_are_as_many_as_asked_and_never_more_than_jobs() -> None:
+    values = {"tasks": {"experts": ["a"]}}
+    assert worker_count(parse_config({**values, "run": {"workers": 5}}), jobs=9) == 5
+    assert worker_count(parse_config(values), jobs=1) == 1
