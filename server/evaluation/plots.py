@@ -84,7 +84,7 @@ def forest(results: Results, candidate: str, scope: Scope) -> str:
                 fillstyle="full" if effect.is_clear else "none",
             )
         _rows(axes, labels)
-        axes.set_xlabel(f"{label} minus the other, percentage points")
+        axes.set_xlabel("difference, percentage points")
     told = ", ".join(
         f"{name} {points(effect.difference)} ({points(effect.low)} to {points(effect.high)})"
         for name, effect in zip(labels, effects, strict=True)
