@@ -35,7 +35,10 @@ _STYLE = {
 
 
 def accuracies(results: Results) -> str:
-    """Mean accuracy of every candidate on held-out and held-in tasks, with error bars of one standard error."""
+    """Mean accuracy of every candidate on held-out and held-in tasks, with error bars of one standard error.
+
+    A dotted line in the colour of the tasks says where guessing is.
+    """
     shown = [candidate for candidate in results.candidates.values() if candidate.kind != "expert"]
     series: list[tuple[Scope, str, str, str, float]] = [
         ("held_out", "held-out tasks", "o", _FIRST, -0.13),
@@ -57,11 +60,19 @@ def accuracies(results: Results) -> str:
                 markersize=6,
                 capsize=3,
             )
-            told.append(f"{label}: " + ", ".join(f"{shown[row].label} {percent(mean.value)}" for row, mean in rows))
+            numbers = [f"{shown[row].label} {percent(mean.value)}" for row, mean in rows]
+            chance = results.chance(scope)
+            if chance is not None:
+                # Shifted dots: where both kinds of task have one chance, both colours show.
+                axes.axvline(100 * chance, color=colour, linestyle=(10 * shift, (1, 3)), linewidth=1.5, zorder=1)
+                numbers.append(f"guessing {percent(chance)}")
+            told.append(f"{label}: " + ", ".join(numbers))
         _rows(axes, [entry.label for entry in shown])
         axes.set_xlabel("mean accuracy, %")
+        if any("guessing" in line for line in told):
+            axes.plot([], [], color=_INK, linestyle=(0, (1, 3)), linewidth=1.5, label="guessing")
         if told:
-            figure.legend(loc="outside upper left", ncols=2, frameon=False, handletextpad=0.3)
+            figure.legend(loc="outside upper left", ncols=3, frameon=False, handletextpad=0.3, columnspacing=1.2)
     return svg("accuracies", "Mean accuracy of each candidate", ". ".join(told))
 
 

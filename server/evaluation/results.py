@@ -138,6 +138,14 @@ class Results(Record):
                 return effect
         return None
 
+    def chance(self, scope: Scope) -> float | None:
+        """Mean accuracy of guessing over the tasks of a scope; none where it is unknown for one of them."""
+        known = {name: score.chance for entry in self.candidates.values() for name, score in entry.tasks.items()}
+        inside = {"held_in": (True,), "held_out": (False,), "all": (True, False)}[scope]
+        chances = [known[name] for name, held_in in self.tasks.items() if held_in in inside]
+        numbers = [chance for chance in chances if chance is not None]
+        return sum(numbers) / len(numbers) if numbers and len(numbers) == len(chances) else None
+
     @property
     def tasks(self) -> dict[str, bool]:
         """Task -> whether it is held in; held-in tasks first, each part in the order of its first candidate."""

@@ -12,12 +12,13 @@ from rich.console import Console
 
 from seedbed.common.errors import DataError
 from seedbed.common.manifest import BaseIdentity
+from seedbed.server.evaluation import plots
 from seedbed.server.evaluation.compare import Circumstances, Measured, build_results
 from seedbed.server.evaluation.report import render, summary_table, write_report
 from seedbed.server.evaluation.results import Cost, LineageNode, Outcomes, Results
 from seedbed.server.evaluation.statistics import standard_error
 from seedbed.server.evaluation.suite import TaskResult
-from seedbed.server.evaluation.tables import candidate_costs, costs, lineage
+from seedbed.server.evaluation.tables import candidate_costs, costs, interval, lineage
 
 SEED, ONE, TWO, AVERAGE = (letter * 64 for letter in "abcd")
 VOID = {"meta", "br", "use", "path", "link", "input", "img", "hr"}
@@ -243,15 +244,55 @@ def test_one_example_of_one_task_is_no_trouble(tmp_path: Path) -> None:
     assert "level with the base model" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
+def shown(results: Results, width: int = 80) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(summary_table(results))
+    return console.export_text()
+
+
 def test_the_terminal_gets_one_row_for_each_candidate_but_the_experts() -> None:
-    table = summary_table(sample()[0])
-    console = Console(width=120, record=True, file=io.StringIO())
-    console.print(table)
-    text = console.export_text()
-    assert "seeded average" in text
-    assert "62.0 % ± 6.9" in text
-    assert re.search(r"guessing +│ +25\.0 %", text)
-    assert "expert sum" not in text
+    lines = {re.split(r"  +", line)[0]: line.split() for line in shown(sample()[0]).splitlines()}
+    assert lines["candidate"] == ["candidate", "held-out", "vs", "base,", "95", "%", "held-in", "rank", "steps"]
+    assert lines["base model"] == ["base", "model", "40.0", "±", "7.0", "22.0", "±", "4.2"]
+    assert lines["seed alone"][-2:] == ["8", "20"], "rank, and steps of the seed"
+    assert lines["seeded average"][:5] == ["seeded", "average", "*62.0", "±", "6.9"], "the best has a star"
+    assert lines["seeded average"][-2:] == ["8", "220"], "steps of the seed and of both experts"
+    assert lines["guessing"] == ["guessing", "25.0", "25.0"]
+    assert "expert sum" not in lines
+
+
+def test_the_terminal_shows_the_interval_of_the_difference_from_the_base() -> None:
+    results, _ = sample()
+    effect = results.effect("average", "base", "held_out")
+    assert effect is not None
+    assert interval(effect) in shown(results)
+    inside = [Measured(name, [score("sum", right, True)]) for name, right in (("base", 10), ("average", 35))]
+    text = shown(build_results("inside", inside)[0])
+    assert re.search(r"seeded average +\*70\.0 ± 6\.5 +\+\d+\.\d to \+\d+\.\d", text)
+    assert re.search(r"held-in +vs base, 95 %", text), "without held-out tasks it is that of the held-in ones"
+
+
+def test_the_summary_of_every_kind_of_candidate_fits_80_columns() -> None:
+    names = ["base", "seed", "expert:sum", "expert:mood", "average", "compressed", "factor_mean", "unseeded", "joint"]
+    rows = [measured(name, (50 - place, 20 + place, 5 * place), f"{place:064d}") for place, name in enumerate(names)]
+    nodes = [LineageNode(digest=f"{place:064d}", name=name, kind="expert") for place, name in enumerate(names)]
+    jobs = [Cost(name=name, steps=12_345) for name in names]
+    text = shown(build_results("all", rows, Circumstances(lineage=nodes, costs=jobs))[0])
+    assert len(text.splitlines()) == 3 + 9 + 1, (
+        "title, heads, rule; seven models, two references, guessing; no line broken"
+    )
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+
+
+def test_the_first_plot_tells_where_guessing_is(written: Path, html: str) -> None:
+    found = re.search(r'<desc id="accuracies-desc">(.*?)</desc>', html)
+    assert found is not None
+    assert found.group(1).count("guessing 25.0 %") == 2, "of held-out and of held-in tasks"
+    unknown = [
+        Measured(name, [score("odd", right, False).model_copy(update={"chance": None})])
+        for name, right in (("base", 10), ("average", 35))
+    ]
+    assert "guessing" not in plots.accuracies(build_results("unknown", unknown)[0])
 
 
 def test_a_directory_without_results_is_refused(tmp_path: Path) -> None:

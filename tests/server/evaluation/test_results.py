@@ -78,6 +78,22 @@ def test_damaged_outcomes_are_refused(tmp_path: Path) -> None:
         files.load_outcomes(tmp_path)
 
 
+def test_chance_is_the_mean_over_the_tasks_of_a_scope_and_unknown_if_one_is() -> None:
+    def guess(task: str, chance: float | None, held_in: bool) -> TaskResult:
+        outcomes = (1.0, 0.0)
+        return TaskResult(
+            task=task, metric="acc", value=0.5, n=2, stderr=0.5, held_in=held_in, chance=chance, outcomes=outcomes
+        )
+
+    rows = [Measured("base", [guess("a", 0.25, False), guess("b", 0.5, False), guess("c", 0.2, True)])]
+    results, _ = build_results("test", rows)
+    assert (results.chance("held_out"), results.chance("held_in")) == (0.375, 0.2)
+    assert results.chance("all") == pytest.approx(0.95 / 3)
+    unknown, _ = build_results("test", [Measured("base", [guess("a", 0.25, False), guess("b", None, False)])])
+    assert unknown.chance("held_out") is None
+    assert unknown.chance("held_in") is None, "there is no such task"
+
+
 def test_every_field_is_described_in_the_schema_document() -> None:
     document = (Path(__file__).parents[3] / "server/evaluation/SCHEMA.md").read_text(encoding="utf-8")
     models = (files.CandidateResult, files.Effect, files.Score, files.Cost, files.LineageNode, files.Estimate)
