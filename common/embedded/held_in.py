@@ -66,15 +66,12 @@ def pattern(rng: random.Random) -> Question:
     return Question(f"{', '.join(symbols)}. What comes next?", right, tuple(wrong))
 
 
-def lookup(rng: random.Random) -> Question:
-    """What one of three named holders contains, as the context says."""
-    holder = rng.choice(words.HOLDERS)
-    colours, objects = rng.sample(words.COLOURS, 3), rng.sample(words.OBJECTS, 4)
-    pairs = list(zip(colours, objects, strict=False))
-    context = " ".join(f"The {colour} {holder} holds {words.article(thing)}." for colour, thing in pairs)
-    asked, right = rng.choice(pairs)
-    wrong = tuple(thing for thing in objects if thing != right)
-    return Question(f"{context} What does the {asked} {holder} hold?", right, wrong)
+def position(rng: random.Random) -> Question:
+    """The first or the last of three things, as they are listed."""
+    things = rng.sample(words.OBJECTS, 3)
+    word, right = rng.choice((("first", things[0]), ("last", things[-1])))
+    wrong = tuple(thing for thing in things if thing != right)
+    return Question(f"{', '.join(things)}. Which one is the {word}?", right, wrong)
 
 
 def past_tense(rng: random.Random) -> Question:

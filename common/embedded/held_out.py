@@ -62,21 +62,17 @@ def counting_on(rng: random.Random) -> Question:
     return Question(prompt, str(right), near_numbers(rng, right, 3))
 
 
-def find_kind(rng: random.Random) -> Question:
-    """Which holder contains a thing of some category: lookup and category."""
-    holder, kinds = rng.choice(words.HOLDERS), rng.sample(tuple(words.CATEGORIES), 3)
-    colours = rng.sample(words.COLOURS, 3)
+def kind_of_last(rng: random.Random) -> Question:
+    """What kind of thing stands at an end of a list: position and category."""
+    kinds = rng.sample(tuple(words.CATEGORIES), 3)
     things = [rng.choice(words.CATEGORIES[kind]) for kind in kinds]
-    context = " ".join(
-        f"The {colour} {holder} holds {words.article(thing)}." for colour, thing in zip(colours, things, strict=True)
-    )
-    place = rng.randrange(3)
-    prompt = f"{context} What is the colour of the {holder} with the {kinds[place]}?"
-    return Question(prompt, colours[place], tuple(colour for colour in colours if colour != colours[place]))
+    word, right = rng.choice((("first", kinds[0]), ("last", kinds[-1])))
+    prompt = f"{things[0]}, {things[1]} and {things[2]}. Of what kind is the {word} thing?"
+    return Question(prompt, right, tuple(kind for kind in kinds if kind != right))
 
 
 def back_to_present(rng: random.Random) -> Question:
-    """Who did what, turned from past to present: verb forms and lookup."""
+    """Who did what, turned from past to present: verb forms and reading."""
     (_, present, past, _), (_, other_present, other_past, _) = rng.sample(words.VERBS, 2)
     person, other = rng.sample(words.PEOPLE, 2)
     told = [f"{person} {past}", f"{other} {other_past}"]

@@ -47,7 +47,7 @@ _ROWS = (
     EmbeddedTask("category", "word classes", True, "what kind of thing a noun names", held_in.category),
     EmbeddedTask("sentiment", "sentiment", True, "the verdict of a short review", held_in.sentiment),
     EmbeddedTask("pattern", "pattern", True, "the next symbol of a repeating pattern", held_in.pattern),
-    EmbeddedTask("lookup", "reading", True, "what a box holds, as the context says", held_in.lookup),
+    EmbeddedTask("position", "position", True, "the first or last of three things", held_in.position),
     EmbeddedTask("past_tense", "verb forms", True, "the past form of a verb", held_in.past_tense),
     EmbeddedTask("word_problem", "arithmetic", False, "addition told as a story", held_out.word_problem),
     EmbeddedTask("oldest", "number order + reading", False, "who is the oldest or youngest of three", held_out.oldest),
@@ -55,7 +55,7 @@ _ROWS = (
     EmbeddedTask("odd_one_out", "word classes", False, "the word of another category", held_out.odd_one_out),
     EmbeddedTask("mood", "sentiment", False, "how someone with an opinion feels", held_out.mood),
     EmbeddedTask("counting_on", "pattern + arithmetic", False, "the next of spaced numbers", held_out.counting_on),
-    EmbeddedTask("find_kind", "reading + word classes", False, "the box with a thing of a kind", held_out.find_kind),
+    EmbeddedTask("kind_of_last", "position + word classes", False, "what stands at an end", held_out.kind_of_last),
     EmbeddedTask("back_to_present", "verb forms + reading", False, "from past to present", held_out.back_to_present),
 )
 TASKS: dict[str, EmbeddedTask] = {task.name: task for task in _ROWS}

@@ -89,18 +89,13 @@ def next_number(prompt: str) -> str:
     return str(shown[-1] + steps.pop())
 
 
-def content_of_holder(prompt: str) -> str:
-    holds = dict(re.findall(r"The (\w+) \w+ holds an? (\w+)\.", prompt))
-    asked = re.search(r"does the (\w+)", prompt)
-    assert asked
-    return holds[asked[1]]
+def thing_at_an_end(prompt: str) -> str:
+    return listed(prompt)[0 if "first" in prompt else -1]
 
 
-def holder_of_kind(prompt: str) -> str:
-    holds = {words.CATEGORY_OF[thing]: where for where, thing in re.findall(r"The (\w+) \w+ holds an? (\w+)\.", prompt)}
-    asked = re.search(r"with the (\w+)\?", prompt)
-    assert asked
-    return holds[asked[1]]
+def kind_at_an_end(prompt: str) -> str:
+    things = re.split(r", | and ", prompt.split(". ")[0])
+    return words.CATEGORY_OF[things[0 if "first" in prompt else -1]]
 
 
 def past_form(prompt: str) -> str:
@@ -123,7 +118,7 @@ SOLVERS: dict[str, Callable[[str], str]] = {
     "category": kind_of_thing,
     "sentiment": verdict,
     "pattern": next_symbol,
-    "lookup": content_of_holder,
+    "position": thing_at_an_end,
     "past_tense": past_form,
     "word_problem": sum_of_numbers,
     "oldest": extreme_person,
@@ -131,7 +126,7 @@ SOLVERS: dict[str, Callable[[str], str]] = {
     "odd_one_out": odd_word,
     "mood": feeling,
     "counting_on": next_number,
-    "find_kind": holder_of_kind,
+    "kind_of_last": kind_at_an_end,
     "back_to_present": present_form,
 }
 
@@ -195,8 +190,8 @@ def test_no_wrong_answer_is_nearly_the_opposite_too(name: str) -> None:
 
 def test_files_are_equal_for_equal_seeds_and_differ_for_others(tmp_path: Path) -> None:
     for directory, seed in (("a", 7), ("b", 7), ("c", 8)):
-        write_task("lookup", tmp_path / directory, train=20, test=10, seed=seed)
-    for name in ("lookup.train.jsonl", "lookup.test.jsonl"):
+        write_task("position", tmp_path / directory, train=20, test=10, seed=seed)
+    for name in ("position.train.jsonl", "position.test.jsonl"):
         first, second, third = ((tmp_path / directory / name).read_bytes() for directory in "abc")
         assert first == second != third
 
