@@ -53,9 +53,7 @@ class LoraFactors:
         return self.scaling * (self.B @ self.A)
 
     def to(self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> LoraFactors:
-        return LoraFactors(
-            self.A.to(dtype=dtype, device=device), self.B.to(dtype=dtype, device=device), self.scaling
-        )
+        return LoraFactors(self.A.to(dtype=dtype, device=device), self.B.to(dtype=dtype, device=device), self.scaling)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
