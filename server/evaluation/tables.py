@@ -83,6 +83,12 @@ def estimate(mean: Estimate | None) -> str:
     return "" if mean is None else f"{percent(mean.value)} ± {100 * mean.stderr:.1f}"
 
 
+def _verdict(effect: Effect) -> str:
+    if effect.p_holm < 0.05:
+        return "clear"
+    return "clear alone" if effect.is_clear else "not clear"
+
+
 def differences(results: Results, candidate: str, scope: Scope) -> Grid:
     """One candidate against all others."""
     effects = [effect for effect in results.effects if (effect.candidate, effect.scope) == (candidate, scope)]
@@ -92,14 +98,17 @@ def differences(results: Results, candidate: str, scope: Scope) -> Grid:
             points(effect.difference),
             interval(effect),
             p_value(effect.p_holm),
-            "clear" if effect.is_clear else "not clear",
+            _verdict(effect),
             str(effect.n),
         ]
         for effect in effects
     ]
     label = results.candidates[candidate].label
     headers = [f"{label} minus …", "points", "95 % interval", "p (Holm)", "verdict", "examples"]
-    note = "Clear: the interval leaves out zero. p is adjusted for all comparisons on these tasks (Holm)."
+    note = (
+        "Clear: p, adjusted for all comparisons on these tasks (Holm), is below 0.05. Clear alone: only the interval, which is "
+        "adjusted for nothing, leaves out zero."
+    )
     return Grid(f"How much better the {label} is, on {_tasks(scope)}", headers, rows, note=note)
 
 

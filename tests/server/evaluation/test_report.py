@@ -12,10 +12,10 @@ from rich.console import Console
 
 from seedbed.common.errors import DataError
 from seedbed.common.manifest import BaseIdentity
-from seedbed.server.evaluation import plots
+from seedbed.server.evaluation import plots, tables
 from seedbed.server.evaluation.compare import Circumstances, Measured, build_results
 from seedbed.server.evaluation.report import render, summary_table, write_report
-from seedbed.server.evaluation.results import Cost, LineageNode, Outcomes, Results
+from seedbed.server.evaluation.results import Cost, Effect, LineageNode, Outcomes, Results
 from seedbed.server.evaluation.statistics import standard_error
 from seedbed.server.evaluation.suite import TaskResult
 from seedbed.server.evaluation.tables import candidate_costs, costs, interval, lineage
@@ -298,3 +298,24 @@ def test_the_first_plot_tells_where_guessing_is(written: Path, html: str) -> Non
 def test_a_directory_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"results\.json"):
         render(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("low", "p_holm", "verdict"), [(0.01, 0.02, "clear"), (0.01, 0.2, "clear alone"), (-0.01, 0.4, "not clear")]
+)
+def test_a_difference_is_clear_only_after_the_adjustment_for_all_comparisons(
+    low: float, p_holm: float, verdict: str
+) -> None:
+    effect = Effect(
+        candidate="a",
+        reference="b",
+        scope="held_out",
+        difference=0.1,
+        low=low,
+        high=0.2,
+        p=p_holm / 4,
+        p_holm=p_holm,
+        n=10,
+        tasks=1,
+    )
+    assert tables._verdict(effect) == verdict
