@@ -92,8 +92,13 @@ def _stage(name: str, jobs: list[Job], size: int | None) -> StagePlan:
 
 def _evaluation(config: FederationConfig, tests: Mapping[str, int] | None) -> Table:
     tasks = (*config.tasks.experts, *config.tasks.held_out)
+    measured = len(tasks) + len(config.evaluation.extra)
     limit = config.evaluation.limit
-    items = None if tests is None else sum(min(tests[name], limit or tests[name]) for name in tasks)
+    items = (
+        None
+        if tests is None or config.evaluation.extra
+        else sum(min(tests[name], limit or tests[name]) for name in tasks)
+    )
     table = Table(title="evaluation", title_justify="left")
     for column in ("candidate", "tasks", "items"):
         table.add_column(column, justify="left" if column == "candidate" else "right")
@@ -105,11 +110,9 @@ def _evaluation(config: FederationConfig, tests: Mapping[str, int] | None) -> Ta
             )
         elif name == "experts":
             count = len(config.tasks.experts)
-            table.add_row(
-                f"{count} experts", f"{count} × {len(tasks)}", _count(None if items is None else count * items)
-            )
+            table.add_row(f"{count} experts", f"{count} × {measured}", _count(None if items is None else count * items))
         else:
-            table.add_row(name, str(len(tasks)), _count(items))
+            table.add_row(name, str(measured), _count(items))
     return table
 
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
     shlex.split(line.partition(" #")[0])
-    for block in re.findall(r"```\n(.*?)```", README, flags=re.DOTALL)
+    for block in re.findall(r"^```\w*\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
     for line in block.splitlines()
     if line.startswith("seedbed ")
 ]
