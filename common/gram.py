@@ -5,7 +5,7 @@
     B_k = B · (Cᵀ V_k S_k^(-1/2)) ,   A_k = (S_k^(-3/2) V_kᵀ C G_B) · A
 
 A Gram matrix squares the condition number, but in float64 that leaves √ε = 1.5e-8 of ‖B‖‖A‖, below float32's own
-ε = 6e-8: so this is more exact than QR and SVD in float32, and faster. Neither Q nor an inverse of C is ever formed, so
+ε = 6e-8: so this is more exact than QR and SVD in float32. Neither Q nor an inverse of C is ever formed, so
 parallel factors (experts that share a seed) and zero factors do no harm. Nor are all factors stacked at once: they are
 stacked and widened a slice at a time.
 """
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from seedbed.common.adapter import LoraFactors
 
-_SLICE = 256
-"""Columns of A, and rows of B, that are stacked and widened at a time."""
+_SLICES, _NARROWEST = 4, 256
+"""A is stacked and widened in so many parts along its columns (B along its rows), none narrower than this: less memory than
+all at once, and products still large enough to run at full speed."""
 
 
 class GramSpectrum:
@@ -64,10 +65,11 @@ class GramSpectrum:
 
 
 def _slices(factors: Sequence[Tensor], dim: int) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the stacked factors (A along `dim` 0, B along 1), as ``[R, at most _SLICE]``."""
+    """Slices of the stacked factors (A along `dim` 0, B along 1), as ``[R, width]``."""
     n = factors[0].shape[1 - dim]
-    for start in range(0, n, _SLICE):
-        part = slice(start, min(start + _SLICE, n))
+    width = max(_NARROWEST, -(-n // _SLICES))
+    for start in range(0, n, width):
+        part = slice(start, min(start + width, n))
         stacked = torch.cat([f[:, part] if dim == 0 else f[part] for f in factors], dim)
         yield part, stacked if dim == 0 else stacked.T
 

@@ -124,7 +124,7 @@ def compress_sum(
 ) -> LoraFactors:
     """The best approximation of ``Σ w_i s_i B_i A_i`` by fewer ranks, for one module; see `compress`.
 
-    For factors in float32 or less by `gram`, which is faster and closer to float64 than `svd_of_sum` in float32.
+    For factors in float32 or less by `gram`, which takes less memory and is closer to float64 than `svd_of_sum` in float32.
 
     Args:
         factors: at least one; ranks may differ, shapes may not.
