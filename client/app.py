@@ -15,12 +15,9 @@ from flwr.clientapp import ClientApp
 
 from seedbed.client.jobs import introduce, perform
 from seedbed.common.errors import ConfigError
-from seedbed.common.jobs import Job, Node
+from seedbed.common.jobs import NODES_VARIABLE, Job, Node
 from seedbed.common.manifest import Record
 from seedbed.common.wire import RECORD, pack, unpack
-
-NODES_VARIABLE = "SEEDBED_NODES"
-"""Environment variable of a simulation: the directory with one node file for each partition."""
 
 app = ClientApp()
 

@@ -15,6 +15,8 @@ from seedbed.common.config import BaseModelConfig, LoraSettings, TrainingSetting
 from seedbed.common.manifest import BaseIdentity, Manifest, Record, recipe_hash
 
 JobKind = Literal["seed", "expert", "joint"]
+NODES_VARIABLE = "SEEDBED_NODES"
+"""Environment variable of a simulation: the directory with one node file for each partition."""
 
 
 class DataSource(Record):

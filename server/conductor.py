@@ -20,7 +20,7 @@ from seedbed.common.targets import target_shapes
 from seedbed.server.assembly import assemble
 from seedbed.server.describe import plan_tables
 from seedbed.server.evaluation import results as records
-from seedbed.server.evaluation.report import render
+from seedbed.server.evaluation.report import write_report
 from seedbed.server.evaluation.results import Results
 from seedbed.server.federation import Federation
 from seedbed.server.inputs import EMBEDDED_TEST, Inputs, find_inputs, write_embedded
@@ -60,8 +60,7 @@ def conduct(setting: Setting, workforce: Workforce) -> Results:
         candidates = federation.conduct()
         scores = Measurement(run, setting.base, setting.inputs.test, setting.observe).scores(candidates)
         results, outcomes = assemble(run, setting.base, candidates, scores, federation.diagnostics, setting.command)
-        records.save(run.root, results, outcomes)
-        render(run.root)
+        write_report(results, outcomes, run.root)
     except SeedbedError as error:
         run.ledger.append(Entry(event="failed", reason=error.message))
         raise

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from types import TracebackType
 from typing import Protocol
@@ -95,7 +94,3 @@ class Bars:
 
     def note(self, text: str) -> None:
         self.progress.console.print(text, highlight=False)
-
-
-def is_terminal() -> bool:
-    return sys.stderr.isatty()

@@ -27,13 +27,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from seedbed.common.config import FederationConfig
 from seedbed.common.errors import EnvironmentFailure
-from seedbed.common.jobs import DataSource, Node
+from seedbed.common.jobs import NODES_VARIABLE, DataSource, Node
 from seedbed.common.storage import atomic_write
 from seedbed.server.inputs import Inputs
 from seedbed.server.rundir import RunDirectory
 from seedbed.server.workforce import GridWorkforce, Workforce
 
-NODES_VARIABLE = "SEEDBED_NODES"
 _STRAGGLER_SECONDS = 10.0
 
 
