@@ -54,6 +54,11 @@ def is_same(model: nn.Module, head: nn.Module | None, one: Batch, other: Batch) 
     expected = label_losses(model, head, one)
     try:
         found = label_losses(model, head, other)
-    except (TypeError, ValueError, RuntimeError, NotImplementedError):
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+        NotImplementedError,
+    ):  # what models raise at positions they cannot take
         return False
     return bool(torch.allclose(found, expected, rtol=0, atol=tolerance))

@@ -171,7 +171,12 @@ class SeedbedLM(LM):  # type: ignore[misc]
             try:
                 forked = self._sums([_tree(range(len(probe)), probe)], probe)
                 self._branches = bool(np.allclose(forked, self._sums(chains, probe), rtol=0, atol=tolerance))
-            except (TypeError, ValueError, RuntimeError, NotImplementedError):
+            except (
+                TypeError,
+                ValueError,
+                RuntimeError,
+                NotImplementedError,
+            ):  # what models raise at masks they cannot take
                 self._branches = False
         return self._branches
 

@@ -41,7 +41,7 @@ def overview(results: Results) -> Grid:
         ]
         for name, candidate in shown
     ]
-    rows.append(["guessing", _guessing(results, held_in=False), "", _guessing(results, held_in=True), "", "", ""])
+    rows.append(["guessing", _guessing(results, "held_out"), "", _guessing(results, "held_in"), "", "", ""])
     models = [index for index, (_, candidate) in enumerate(shown) if candidate.kind != "reference"]
     strong = {
         (row, column)
@@ -51,12 +51,9 @@ def overview(results: Results) -> Grid:
     return Grid("Mean accuracy ± standard error", headers, rows, frozenset(strong), _OVERVIEW_NOTE)
 
 
-def _guessing(results: Results, *, held_in: bool) -> str:
-    """Mean accuracy of guessing, where it is known of every task."""
-    chances = {task: score.chance for entry in results.candidates.values() for task, score in entry.tasks.items()}
-    known = [chances[task] for task, inside in results.tasks.items() if inside == held_in]
-    numbers = [chance for chance in known if chance is not None]
-    return percent(sum(numbers) / len(numbers)) if numbers and len(numbers) == len(known) else ""
+def _guessing(results: Results, scope: Scope) -> str:
+    chance = results.chance(scope)
+    return "" if chance is None else percent(chance)
 
 
 _OVERVIEW_NOTE = (
