@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Kind = Literal["seed", "expert", "joint", "merge", "external"]
+Kind = Literal["seed", "expert", "joint", "merge", "gate", "router", "external"]
 
 
 class Record(BaseModel):

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from seedbed.common.adapter import Adapter, LoraFactors
-from seedbed.common.algebra import normalized
 from seedbed.common.errors import AdapterMismatchError, ConfigError, StorageError
 from seedbed.common.manifest import BaseIdentity, Kind, Manifest, recipe_hash
 from seedbed.common.storage import AdapterFile, require_base, write_adapter
@@ -47,13 +46,13 @@ def merge_directories(
     row = method_named(method)
     if os.path.lexists(out):
         raise StorageError(f"{out} is already there", "Choose another output, or remove it first.")
-    shares = normalized(weights, len(inputs))
+    shares = row.shares(weights, len(inputs))
     files = [AdapterFile(path) for path in inputs]
     base = _common_base(files)
     _require_same_shapes(files)
     options = _options(row, rank, files)
     digests = tuple(file.manifest.digest for file in files)
-    settings = {"method": row.name, "weights": shares, "rank": options.rank}
+    settings = {"method": row.name, "weights": shares, "options": options.model_dump(mode="json")}
     return write_adapter(
         out,
         _merge(row, files, shares, options),
@@ -69,8 +68,8 @@ def merge_directories(
 def _merge(row: Method, files: Sequence[AdapterFile], shares: Sequence[float], options: Options) -> Adapter:
     merged: dict[str, LoraFactors] = {}
     for name in _names(files):
-        module = [Adapter({name: file.factors(name)} if name in file.names else {}) for file in files]
-        merged |= row.function(module, shares, options)
+        updates = [file.factors(name) if name in file.names else None for file in files]
+        merged[name] = row.merge_module(name, updates, shares, options)
     return Adapter(merged)
 
 
@@ -102,7 +101,7 @@ def _require_same_shapes(files: Sequence[AdapterFile]) -> None:
 
 def _options(row: Method, rank: int | None, files: Sequence[AdapterFile]) -> Options:
     if rank is None:
-        return Options()
+        return row.parse({})
     if not row.takes_rank:
         raise ConfigError(
             f"method '{row.name}' does not take a rank: it gives rank {row.rank}", "Use the method 'svd'."
@@ -113,7 +112,7 @@ def _options(row: Method, rank: int | None, files: Sequence[AdapterFile]) -> Opt
             f"expected a rank from 1 to {most}, which is what the inputs have together, got {rank}",
             "Use 'average' to keep everything.",
         )
-    return Options(rank=rank)
+    return row.parse({"rank": rank})
 
 
 def _largest_rank(name: str, files: Sequence[AdapterFile]) -> int:

@@ -6,12 +6,12 @@ Each is a pure function in a file of its own, over the values and the algebra of
 from __future__ import annotations
 
 from seedbed.common.errors import ConfigError, nearest
-from seedbed.server.merging.average import average
+from seedbed.server.merging.average import SeedOptions, average
 from seedbed.server.merging.factor_mean import factor_mean
-from seedbed.server.merging.method import MergeFunction, Method, Options
-from seedbed.server.merging.svd import svd
+from seedbed.server.merging.method import MergeFunction, Method, Module, Options
+from seedbed.server.merging.svd import SvdOptions, svd
 
-__all__ = ["METHODS", "MergeFunction", "Method", "Options", "method_named"]
+__all__ = ["METHODS", "MergeFunction", "Method", "Module", "Options", "method_named"]
 
 _ROWS = (
     Method(
@@ -21,6 +21,7 @@ _ROWS = (
         source="Seeded LoRA (OpenReview U3UtvOYMiw, 2024)",
         cost="copies R d numbers",
         rank="R = Σ r_i",
+        options=SeedOptions,
     ),
     Method(
         name="factor_mean",
@@ -38,7 +39,7 @@ _ROWS = (
         source="Eckart-Young, as in PEFT's add_weighted_adapter",
         cost="O(d R² + R³)",
         rank="as given",
-        takes_rank=True,
+        options=SvdOptions,
     ),
 )
 

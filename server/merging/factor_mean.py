@@ -1,24 +1,19 @@
-"""The means of A and of B apart."""
+"""Means of A and of B apart, as federated LoRA began; kept for comparison."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from seedbed.common import algebra
-from seedbed.common.adapter import Adapter
-from seedbed.server.merging.method import Options
+from seedbed.common.adapter import Adapter, LoraFactors
+from seedbed.server.merging.method import Module, Options
 
 
-def factor_mean(adapters: Sequence[Adapter], weights: Sequence[float] | None, options: Options) -> Adapter:
-    """``A = Σ w_i A_i``, ``B = Σ w_i B_i`` with ``Σ w_i = 1``: the rank stays r.
-
-    This is not the mean of the updates. It is off by ``Cov(B_i, A_i)``: little for experts of one seed, nearly
-    everything for independent ones (`algebra.factor_gap` measures it).
+def factor_mean(module: Module, options: Options) -> LoraFactors:
+    """``A = Σ w_i A_i`` and ``B = Σ w_i B_i``: not the mean of the updates (`algebra.factor_gap` measures it).
 
     Source: FedIT (Zhang et al., *Towards Building the Federated GPT*, ICASSP 2024).
 
     Raises:
-        ConfigError: if the weights make no sense.
-        AdapterMismatchError: if modules, shapes, ranks or scalings differ.
+        AdapterMismatchError: if ranks or scalings differ.
     """
-    return algebra.factor_mean(zip(adapters, algebra.normalized(weights, len(adapters)), strict=True))
+    pairs = ((Adapter({module.name: update}), weight) for update, weight in module.terms)
+    return algebra.factor_mean(pairs)[module.name]

@@ -1,25 +1,62 @@
-"""What a method of merging is: a pure function of adapters, and what a reader of the table wants to know of it."""
+"""What a method of merging is: a pure function of one module's updates, and what a reader of the table wants to know of it.
+
+    merged = METHODS["ties"].merge(adapters, weights, options)
+
+A method sees one module at a time, so merging from files needs the memory of one module, and merging whole adapters is the
+same arithmetic. `Method` does what all methods have in common: weights, modules that some adapters lack, shapes, dtype.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from typing import Any
 
-from seedbed.common.adapter import Adapter
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from seedbed.common import algebra
+from seedbed.common.adapter import Adapter, LoraFactors
+from seedbed.common.errors import AdapterMismatchError, ConfigError, nearest
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What methods can be told; each uses what its row says it takes."""
+class Options(BaseModel):
+    """What a method can be told; each method has a subclass with its own fields, documented beside them."""
 
-    rank: int | None = None
-    """Rank of the result; each module has at most the rank that its inputs have together."""
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
-MergeFunction = Callable[[Sequence[Adapter], Sequence[float] | None, Options], Adapter]
-"""``(adapters, weights, options) -> adapter``: inputs unchanged, the same inputs give the same result. A function works
-module by module: merging one module at a time gives the same as merging whole adapters. A module that an adapter does
-not have is a zero update. Weights None means that all weigh the same."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Module:
+    """One module of all the adapters that have it.
+
+    An adapter without the module is a zero update: it is left out here, while `weights` stay shares of all adapters, so
+    they may sum to less than 1.
+    """
+
+    name: str
+    updates: tuple[LoraFactors, ...]
+    """In the order of the adapters; at least one, all of one ``[out, in]``."""
+    weights: tuple[float, ...]
+    """One for each update, not negative."""
+    seed: LoraFactors | None = None
+    """The update that all experts started from, where it was given."""
+
+    @property
+    def terms(self) -> list[tuple[LoraFactors, float]]:
+        return list(zip(self.updates, self.weights, strict=True))
+
+    def generator(self, random_seed: int) -> torch.Generator:
+        """Random numbers of this module's own, whatever the order in which modules are merged; on the CPU."""
+        text = f"{random_seed}:{self.name}".encode()
+        return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text).digest()[:7], "big"))
+
+
+MergeFunction = Callable[[Module, Any], LoraFactors]
+"""``(module, options) -> update``: inputs unchanged, the same inputs give the same bits. `options` is the row's own kind. The
+result may be in float32 or wider; `Method` casts it back to the inputs' dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +72,117 @@ class Method:
     """Operations for one module of N adapters of rank r, R = N r, d = in + out."""
     rank: str
     """Rank of the result."""
-    takes_rank: bool = False
-    """Whether it uses `Options.rank`."""
+    options: type[Options] = Options
     takes_mixed: bool = True
     """Whether ranks, scalings and sets of modules may differ between the adapters."""
+    takes_weights: bool = True
+    idempotent: bool = True
+    """Whether N identical adapters give the adapter back."""
+    ordered: bool = False
+    """Whether the order of the adapters matters."""
+    warning: str = ""
+    """What a user must know before they trust the result."""
+
+    @property
+    def takes_rank(self) -> bool:
+        return "rank" in self.options.model_fields
+
+    @property
+    def takes_seed(self) -> bool:
+        """Whether options of the method refer to the seed that all experts started from."""
+        return "task_scale" in self.options.model_fields
+
+    def parse(self, values: Mapping[str, Any]) -> Options:
+        """Validate options by name.
+
+        Raises:
+            ConfigError: if one is unknown (with the nearest) or has a wrong value.
+        """
+        fields = self.options.model_fields
+        for key in values:
+            if key not in fields:
+                hint = nearest(key, fields) if fields else f"'{self.name}' has no options."
+                raise ConfigError(f"merge method '{self.name}' has no option '{key}'", hint)
+        try:
+            return self.options.model_validate(dict(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = f" option '{first['loc'][0]}'" if first["loc"] else ""
+            reason = first["msg"].removeprefix("Value error, ")
+            raise ConfigError(
+                f"merge method '{self.name}'{where}: {reason} (got {first['input']!r})", "See `seedbed merge --list`."
+            ) from None
+
+    def merge(
+        self,
+        adapters: Sequence[Adapter],
+        weights: Sequence[float] | None = None,
+        options: Options | None = None,
+        seed: Adapter | None = None,
+    ) -> Adapter:
+        """Merge whole adapters in memory.
+
+        Args:
+            adapters: the experts, in order.
+            weights: one for each, not negative; divided by their sum. None weighs all the same.
+            options: of the row's own kind; none are the defaults.
+            seed: the adapter that all experts started from, where the options refer to it.
+
+        Raises:
+            ConfigError: if the weights or the options make no sense.
+            AdapterMismatchError: if adapters do not fit together.
+        """
+        shares = self.shares(weights, len(adapters))
+        merged = {}
+        for name in sorted({name for adapter in adapters for name in adapter}):
+            updates = [adapter.get(name) for adapter in adapters]
+            merged[name] = self.merge_module(name, updates, shares, options, seed_update(seed, name, updates))
+        return Adapter(merged)
+
+    def shares(self, weights: Sequence[float] | None, count: int) -> list[float]:
+        """Weights divided by their sum, refused where the method takes none."""
+        if weights is not None and not self.takes_weights:
+            raise ConfigError(f"merge method '{self.name}' takes no weights", "Leave them out, or use another method.")
+        return algebra.normalized(weights, count)
+
+    def merge_module(
+        self,
+        name: str,
+        updates: Sequence[LoraFactors | None],
+        shares: Sequence[float],
+        options: Options | None = None,
+        seed: LoraFactors | None = None,
+    ) -> LoraFactors:
+        """Merge one module.
+
+        Args:
+            updates: one for each adapter; None for an adapter that does not have the module, as some adapter must.
+            shares: one for each adapter, summing to 1.
+            seed: see `seed_update`.
+        """
+        chosen = options if options is not None else self.options()
+        terms = [(update, share) for update, share in zip(updates, shares, strict=True) if update is not None]
+        if len(terms) < len(updates) and not self.takes_mixed:
+            raise AdapterMismatchError(
+                f"module {name} is missing in one of the adapters, which '{self.name}' does not allow", _MIXED
+            )
+        present = [update for update, _ in terms]
+        algebra.require_same_shape(name, present if seed is None else [*present, seed])
+        module = Module(name, tuple(present), tuple(share for _, share in terms), seed)
+        return self.function(module, chosen).to(dtype=common_dtype(present))
+
+
+def seed_update(seed: Adapter | None, name: str, updates: Sequence[LoraFactors | None]) -> LoraFactors | None:
+    """The seed's update of a module: zero where it does not have the module, None where there is no seed at all."""
+    if seed is None or name in seed:
+        return None if seed is None else seed[name]
+    like = next(update for update in updates if update is not None)
+    return LoraFactors(torch.zeros_like(like.A[:1]), torch.zeros_like(like.B[:, :1]), 1.0)
+
+
+_MIXED = "Use the method 'average', which takes adapters of different ranks, scalings and modules."
+
+
+def common_dtype(updates: Iterable[LoraFactors]) -> torch.dtype:
+    """The dtype of a result: that of the inputs, the wider one where they differ."""
+    return reduce(torch.promote_types, (update.A.dtype for update in updates))

@@ -39,12 +39,14 @@ def make_inputs(size: int) -> list[tuple[Any, Any]]:
 def prepare_seedbed(size: int) -> Callable[[], tuple[Any, Any]]:
     """A call that merges and gives ``(A, B)`` of the result, whose update is ``B · A``."""
     from seedbed.common.adapter import Adapter, LoraFactors
-    from seedbed.server.merging import METHODS, Options
+    from seedbed.server.merging import METHODS
 
     adapters = [Adapter({"layer": LoraFactors(A, B, 1.0)}) for A, B in make_inputs(size)]
+    method = METHODS["svd"]
+    options = method.parse({"rank": RANK})
 
     def merge() -> tuple[Any, Any]:
-        merged = METHODS["svd"].function(adapters, None, Options(rank=RANK))["layer"]
+        merged = method.merge(adapters, None, options)["layer"]
         return merged.A, merged.B * merged.scaling
 
     return merge
