@@ -11,7 +11,9 @@ mixture = Mixture(names, experts, routed.router())
 
 from seedbed.common.routing.diagnostics import LayerDiagnostics, RoutingDiagnostics
 from seedbed.common.routing.mixture import Mixture, Router
+from seedbed.common.routing.mixture_file import load_mixture, read_mixture, write_mixture
 from seedbed.common.routing.model import RoutedModel
+from seedbed.common.routing.router_file import ROUTER_FILES, read_router, write_router
 from seedbed.common.routing.routers import (
     arrow_prototypes,
     arrow_router,
@@ -26,6 +28,7 @@ from seedbed.common.routing.update import RoutedUpdate
 
 __all__ = [
     "KINDS",
+    "ROUTER_FILES",
     "LayerDiagnostics",
     "Mixture",
     "MixtureSlot",
@@ -39,6 +42,11 @@ __all__ = [
     "arrow_router",
     "by_sequence",
     "gates_of",
+    "load_mixture",
     "phatgoose_router",
+    "read_mixture",
+    "read_router",
     "untrained_router",
+    "write_mixture",
+    "write_router",
 ]
