@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, KeysView
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,12 @@ class AdapterFile:
     Args:
         directory: a PEFT directory, with or without ``seedbed.json``; if that is there, its hashes are verified.
         max_bytes: refuse a larger tensor file before reading it.
+        verify_later: leave the tensors' hash until `manifest` is asked for, so that one pass over a large file does for
+            reading and hashing. Whoever says so must ask before anything computed from the tensors is believed.
 
     Attributes:
         config: the contents of ``adapter_config.json``.
-        manifest: that of the directory, or one of kind `external` made from what was found.
+        claimed: the contents of ``seedbed.json``, or None; not verified where `verify_later`.
 
     Raises:
         AdapterFormatError: if the directory, a file or a tensor is missing, malformed, misshapen, or not plain LoRA.
@@ -45,7 +49,7 @@ class AdapterFile:
         StorageError: if a file cannot be read.
     """
 
-    def __init__(self, directory: Path, *, max_bytes: int | None = None) -> None:
+    def __init__(self, directory: Path, *, max_bytes: int | None = None, verify_later: bool = False) -> None:
         self.directory = directory
         _require_files(directory)
         self.config = _read_json(directory / CONFIG)
@@ -54,7 +58,27 @@ class AdapterFile:
         self._keys = _pair_keys(self._tensors)
         for module in self._keys:
             self._check_shapes(module)
-        self.manifest = self._manifest()
+        self.claimed = read_manifest(directory) if (directory / MANIFEST).exists() else None
+        self._found = self._facts()
+        self._require_claimed("config_sha256", "rank", "modules", "dtype")
+        if not verify_later:
+            _ = self.manifest
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """That of the directory, verified, or one of kind `external` made from what was found.
+
+        Raises:
+            AdapterMismatchError: if the tensors are not those that the directory's manifest vouches for.
+        """
+        self._found = self._found.model_copy(update={"tensors_sha256": self._tensors.sha256()})
+        self._require_claimed("tensors_sha256")
+        return self.claimed or self._found
+
+    @property
+    def base(self) -> BaseIdentity:
+        """The base model that the adapter says it belongs to."""
+        return (self.claimed or self._found).base
 
     @property
     def names(self) -> KeysView[str]:
@@ -68,17 +92,32 @@ class AdapterFile:
         """``(out, in)`` of the module."""
         return self._tensors.shape(self._keys[module]["B"])[0], self._tensors.shape(self._keys[module]["A"])[1]
 
+    def dtype(self, module: str) -> torch.dtype:
+        """Of the module's factors as `factors` gives them."""
+        return torch.promote_types(*(self._tensors.dtype(key) for key in self._keys[module].values()))
+
+    def scaling(self, module: str) -> float:
+        return self._peft.scaling_of(module)
+
     def factors(self, module: str) -> LoraFactors:
-        """One module's factors, as views of the file.
+        """One module's factors, read from the file.
 
         Raises:
             NonFiniteError: if they hold NaN or infinity.
         """
-        A, B = (self._tensors.tensor(self._keys[module][factor]) for factor in "AB")
-        dtype = torch.promote_types(A.dtype, B.dtype)
-        factors = LoraFactors(A.to(dtype), B.to(dtype), self._peft.scaling_of(module))
-        require_finite(module, factors)
+        dtype = self.dtype(module)
+        A, B = (self._tensors.tensor(self._keys[module][factor]).to(dtype) for factor in "AB")
+        factors = LoraFactors(A, B, self.scaling(module))
+        refuse_non_finite(module, factors)
         return factors
+
+    def prefetch(self, module: str) -> None:
+        """Have the system read a module from the disk while something else is computed."""
+        self._tensors.prefetch(self._keys[module].values())
+
+    def hash_behind(self, module: str) -> None:
+        """Hash the file as far as this module, which was just read; by one thread at a time."""
+        self._tensors.hash_behind(max(self._tensors.span(key)[1] for key in self._keys[module].values()))
 
     def _check_shapes(self, module: str) -> None:
         a, b = (self._tensors.shape(self._keys[module][factor]) for factor in "AB")
@@ -95,27 +134,37 @@ class AdapterFile:
                 "The scaling would be wrong: restore the configuration that belongs to these tensors.",
             )
 
-    def _manifest(self) -> Manifest:
-        found = Manifest(
+    def _facts(self) -> Manifest:
+        """What can be said of the files before all tensors are read."""
+        return Manifest(
             kind="external",
             base=BaseIdentity(name=self._peft.base_name),
-            tensors_sha256=_sha256(self.directory / TENSORS),
+            tensors_sha256="",
             config_sha256=_sha256(self.directory / CONFIG),
             rank=max(self.rank(module) for module in self._keys),
             modules=len(self._keys),
             dtype=dtype_name(self._tensors.dtype(key) for pair in self._keys.values() for key in pair.values()),
         )
-        if not (self.directory / MANIFEST).exists():
-            return found
-        claimed = read_manifest(self.directory)
-        for field in ("tensors_sha256", "config_sha256", "rank", "modules", "dtype"):
-            if getattr(claimed, field) != getattr(found, field):
+
+    def _require_claimed(self, *fields: str) -> None:
+        for field in fields:
+            claimed, found = getattr(self.claimed, field, None), getattr(self._found, field)
+            if self.claimed is not None and claimed != found:
                 raise AdapterMismatchError(
-                    f"{self.directory}: expected {field} {getattr(claimed, field)} from {MANIFEST}, "
-                    f"got {getattr(found, field)}",
+                    f"{self.directory}: expected {field} {claimed} from {MANIFEST}, got {found}",
                     "The files were changed after they were written; fetch or make the adapter again.",
                 )
-        return claimed
+
+
+def refuse_non_finite(module: str, factors: LoraFactors) -> None:
+    """`require_finite`, at the speed of memory where all is well: the extremes of a tensor are NaN or infinite if it is.
+
+    Raises:
+        NonFiniteError: naming the module and the factor.
+    """
+    extremes = (float(end) for tensor in (factors.A, factors.B) for end in torch.aminmax(tensor))
+    if not all(map(math.isfinite, (factors.scaling, *extremes))):
+        require_finite(module, factors)
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -10,21 +10,16 @@ bytes.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from seedbed.common.adapter import Adapter, LoraFactors
-from seedbed.common.adapter_file import CONFIG, MANIFEST, PREFIX, TENSORS, AdapterFile, dtype_name
-from seedbed.common.checks import require_base, require_finite
-from seedbed.common.errors import AdapterFormatError, AdapterMismatchError, NonFiniteError
-from seedbed.common.files import new_directory, write_file
+from seedbed.common.adapter import Adapter
+from seedbed.common.adapter_file import AdapterFile
+from seedbed.common.adapter_writer import file_order, new_adapter
+from seedbed.common.checks import require_base
+from seedbed.common.errors import AdapterMismatchError
 from seedbed.common.manifest import BaseIdentity, Kind, Manifest
-from seedbed.common.peft_config import make_peft_config
-from seedbed.common.versions import software_versions
 
 
 def read_adapter(
@@ -58,11 +53,7 @@ def read_adapter(
                 raise AdapterMismatchError(
                     f"{directory}: expected {field} {want}, got {got}", "Is it the right adapter?"
                 )
-    # Cloned, so that nothing depends on the file any more.
-    modules = {name: file.factors(name) for name in file.names}
-    return Adapter(
-        {name: LoraFactors(m.A.clone(), m.B.clone(), m.scaling) for name, m in modules.items()}
-    ), file.manifest
+    return Adapter({name: file.factors(name) for name in file.names}), file.manifest
 
 
 def write_adapter(
@@ -96,53 +87,17 @@ def write_adapter(
         AdapterFormatError: if the adapter has no modules or a module has rank 0.
         NonFiniteError: if a module or a metric is NaN or infinite.
     """
-    _require_writable(adapter, metrics or {})
-    config = make_peft_config(adapter, base.name if base_model_name_or_path is None else base_model_name_or_path)
-    tensors, configuration = _tensor_bytes(adapter), _json_bytes(config)
-    manifest = Manifest(
-        kind=kind,
-        base=base,
-        tensors_sha256=hashlib.sha256(tensors).hexdigest(),
-        config_sha256=hashlib.sha256(configuration).hexdigest(),
-        rank=max(factors.rank for factors in adapter.values()),
-        modules=len(adapter),
-        dtype=dtype_name(factors.A.dtype for factors in adapter.values()),
-        parents=tuple(parents),
-        task=task,
-        recipe=recipe,
-        settings=dict(settings or {}),
-        metrics=dict(metrics or {}),
-        versions=dict(software_versions() if versions is None else versions),
-    )
-    with new_directory(directory) as aside:
-        for name, data in ((TENSORS, tensors), (CONFIG, configuration), (MANIFEST, manifest.canonical())):
-            write_file(aside / name, data)
-    return manifest
-
-
-def _require_writable(adapter: Adapter, metrics: Mapping[str, float]) -> None:
-    if not adapter:
-        raise AdapterFormatError("the adapter has no modules, there is nothing to write")
-    for name, factors in adapter.items():
-        if factors.rank == 0:
-            raise AdapterFormatError(f"module {name} has rank 0, expected 1 or more")
-        require_finite(name, factors)
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise NonFiniteError(f"metric {name} is {value}, expected a finite number")
-
-
-def _tensor_bytes(adapter: Adapter) -> bytes:
-    from safetensors.torch import save
-
-    tensors = {}
-    for name, factors in adapter.items():
-        for letter, tensor in (("A", factors.A), ("B", factors.B)):
-            # A copy of its own: safetensors refuses tensors that share memory, as factors of two modules may.
-            copy = tensor.detach().to("cpu", copy=True).contiguous()
-            tensors[f"{PREFIX}{name}.lora_{letter}.weight"] = copy
-    return bytes(save(tensors, metadata={"format": "pt"}))
-
-
-def _json_bytes(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, sort_keys=False, indent=2, ensure_ascii=False) + "\n").encode()
+    with new_adapter(directory, file_order({name: module.A.dtype for name, module in adapter.items()}), adapter) as new:
+        for name in new.modules:
+            new.add(name, adapter[name])
+        return new.finish(
+            kind=kind,
+            base=base,
+            parents=parents,
+            task=task,
+            recipe=recipe,
+            settings=settings,
+            metrics=metrics,
+            versions=versions,
+            base_model_name_or_path=base_model_name_or_path,
+        )

@@ -1,0 +1,141 @@
+"""A PEFT directory written one module at a time, so that an adapter of any size is made in the memory of a module."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seedbed.common.adapter import Adapter, LoraFactors
+from seedbed.common.adapter_file import CONFIG, MANIFEST, PREFIX, TENSORS, dtype_name, refuse_non_finite
+from seedbed.common.errors import AdapterFormatError, NonFiniteError
+from seedbed.common.files import new_directory, write_file
+from seedbed.common.manifest import BaseIdentity, Kind, Manifest
+from seedbed.common.peft_config import make_peft_config
+from seedbed.common.tensor_writer import KINDS, TensorWriter
+from seedbed.common.versions import software_versions
+
+
+def file_order(dtypes: Mapping[str, torch.dtype]) -> list[str]:
+    """The order of modules in a file: by name, wider dtypes first, so that every tensor begins at a multiple of its width."""
+    return sorted(dtypes, key=lambda name: (-dtypes[name].itemsize, name))
+
+
+@contextmanager
+def new_adapter(
+    directory: Path, modules: Sequence[str], expected: Mapping[str, LoraFactors] | None = None
+) -> Iterator[AdapterWriter]:
+    """A new PEFT directory to fill; it appears when the body ends and vanishes when it fails.
+
+    Args:
+        directory: must not exist.
+        modules: names of all modules, in the order in which they will come (see `file_order`).
+        expected: factors of the shapes and dtypes that will probably come (on the meta device, to take no memory): if
+            they do, one pass over the file is saved.
+
+    Raises:
+        StorageError: if the directory is already there or the file system refuses.
+        AdapterFormatError: if there are no modules.
+    """
+    if not modules:
+        raise AdapterFormatError("the adapter has no modules, there is nothing to write")
+    with new_directory(directory) as aside, _tensor_writer(aside / TENSORS, modules, expected) as tensors:
+        yield AdapterWriter(aside, modules, tensors)
+
+
+class AdapterWriter:
+    """See `new_adapter`: `add` every module in order, then `finish`.
+
+    Attributes:
+        modules: names of all modules, in the order in which they must come.
+    """
+
+    def __init__(self, directory: Path, modules: Sequence[str], tensors: TensorWriter) -> None:
+        self.modules = list(modules)
+        self._directory = directory
+        self._tensors = tensors
+        self._shapes: dict[str, LoraFactors] = {}
+
+    def add(self, module: str, factors: LoraFactors) -> None:
+        """Write the next module's factors; they must not be changed afterwards.
+
+        Raises:
+            AdapterFormatError: if the module has rank 0.
+            NonFiniteError: if it holds NaN or infinity.
+        """
+        if factors.rank == 0:
+            raise AdapterFormatError(f"module {module} has rank 0, expected 1 or more")
+        refuse_non_finite(module, factors)
+        for key, tensor in zip(_keys(module), (factors.A, factors.B), strict=True):
+            self._tensors.add(key, tensor)
+        self._shapes[module] = factors.to(device="meta")
+
+    def finish(
+        self,
+        *,
+        kind: Kind,
+        base: BaseIdentity,
+        parents: tuple[str, ...] = (),
+        task: str | None = None,
+        recipe: str = "",
+        settings: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        versions: Mapping[str, str] | None = None,
+        base_model_name_or_path: str | None = None,
+    ) -> Manifest:
+        """Write configuration and manifest; arguments and result are those of `write_adapter`.
+
+        Raises:
+            NonFiniteError: if a metric is NaN or infinite.
+        """
+        for name, value in (metrics or {}).items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"metric {name} is {value}, expected a finite number")
+        adapter = Adapter(self._shapes)
+        path = base.name if base_model_name_or_path is None else base_model_name_or_path
+        configuration = _json_bytes(make_peft_config(adapter, path))
+        manifest = Manifest(
+            kind=kind,
+            base=base,
+            tensors_sha256=self._tensors.finish(),
+            config_sha256=hashlib.sha256(configuration).hexdigest(),
+            rank=max(factors.rank for factors in adapter.values()),
+            modules=len(adapter),
+            dtype=dtype_name(factors.A.dtype for factors in adapter.values()),
+            parents=tuple(parents),
+            task=task,
+            recipe=recipe,
+            settings=dict(settings or {}),
+            metrics=dict(metrics or {}),
+            versions=dict(software_versions() if versions is None else versions),
+        )
+        for name, data in ((CONFIG, configuration), (MANIFEST, manifest.canonical())):
+            write_file(self._directory / name, data)
+        return manifest
+
+
+def _tensor_writer(path: Path, modules: Sequence[str], expected: Mapping[str, LoraFactors] | None) -> TensorWriter:
+    names = {key: 2 for module in modules for key in _keys(module)}
+    if expected is None:
+        return TensorWriter(path, names)
+    factors = {module: (expected[module].A, expected[module].B) for module in modules}
+    layout = {
+        key: (KINDS[tensor.dtype], tuple(tensor.shape))
+        for module, tensors in factors.items()
+        for key, tensor in zip(_keys(module), tensors, strict=True)
+    }
+    return TensorWriter(path, names, layout)
+
+
+def _keys(module: str) -> tuple[str, str]:
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
+def _json_bytes(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, sort_keys=False, indent=2, ensure_ascii=False) + "\n").encode()
