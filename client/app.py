@@ -1,7 +1,7 @@
 """The Flower ClientApp: it unpacks a message, does the job, and packs the answer. Work is done in `client.jobs`.
 
-Jobs: `hello` (who are you), `seed` and `expert` (train), `joint` (train on several tasks; only where one participant holds
-them all).
+Jobs: `hello` (who are you), `seed` and `expert` (train), `gate` and `router` (train over frozen experts), `joint` and
+`molora` (train on several tasks; only where one participant holds them all).
 """
 
 from __future__ import annotations
@@ -39,6 +39,21 @@ def expert(message: Message, context: Context) -> Message:
 
 @app.train("joint")
 def joint(message: Message, context: Context) -> Message:
+    return _work(message, context)
+
+
+@app.train("gate")
+def gate(message: Message, context: Context) -> Message:
+    return _work(message, context)
+
+
+@app.train("router")
+def router(message: Message, context: Context) -> Message:
+    return _work(message, context)
+
+
+@app.train("molora")
+def molora(message: Message, context: Context) -> Message:
     return _work(message, context)
 
 

@@ -1,7 +1,7 @@
 """Two engines that carry out one optimizer step: plain torch, and DeepSpeed.
 
-Both minimize the same thing: the cross-entropy summed over all passes and ranks of a step, divided by the number of
-labels in the step. So one big batch, many small passes and many ranks give the same factors up to rounding.
+Both minimize the same thing: an `Objective`, summed over all passes and ranks of a step and divided by the number of tokens
+in the step. So one big batch, many small passes and many ranks give the same result up to rounding.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import torch
 from torch import nn
 
 from seedbed.client.data import Batch
-from seedbed.client.lora import extract
-from seedbed.client.objective import is_same, label_losses
-from seedbed.common.adapter import Adapter
+from seedbed.client.objective import TERMS, Objective, Pass, Totals, is_same, summed
 from seedbed.common.config import DeepSpeedSettings, TrainingSettings
 
 
@@ -26,15 +24,16 @@ class Engine(Protocol):
     rank: int
     ranks: int
 
-    def step(self, passes: Sequence[Batch], labels: int, learning_rate: float) -> float:
+    def step(self, passes: Sequence[Pass], totals: Totals, learning_rate: float) -> dict[str, float]:
         """One optimizer step.
 
         Args:
-            passes: this rank's part of the step, one batch for each forward pass.
-            labels: number of labels in the whole step, over all ranks.
+            passes: this rank's part of the step.
+            totals: numbers of predicted tokens in the whole step, over all ranks.
 
         Returns:
-            the mean loss of a label over the whole step, before the update; the same on every rank.
+            the terms of the objective over the whole step, before the update, and their weighted sum as `loss`; the same
+            on every rank.
         """
         ...
 
@@ -42,8 +41,8 @@ class Engine(Protocol):
         """Whether the model gives two layouts of the same examples the same losses; every rank must call it."""
         ...
 
-    def adapter(self) -> Adapter:
-        """The factors as they are now; every rank must call it."""
+    def result(self) -> Any:
+        """What has been trained, as it is now; every rank must call it."""
         ...
 
     def close(self) -> None:
@@ -56,34 +55,34 @@ class TorchEngine:
 
     rank, ranks = 0, 1
 
-    def __init__(self, peft_model: Any, training: TrainingSettings, device: torch.device) -> None:
-        self._model = peft_model
-        self._head = peft_model.get_output_embeddings()
+    def __init__(self, objective: Objective, training: TrainingSettings, device: torch.device) -> None:
+        self._objective = objective
+        self._trainee = objective.trainee
         self._device = device
         self._clip = training.clip_norm
-        self._parameters = _trainable(peft_model)
+        self._parameters = self._trainee.parameters
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=training.learning_rate, weight_decay=training.weight_decay
         )
 
-    def step(self, passes: Sequence[Batch], labels: int, learning_rate: float) -> float:
-        total = 0.0
-        for batch in passes:
-            loss = label_losses(self._model, self._head, batch.to(self._device)).sum() / labels
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+    def step(self, passes: Sequence[Pass], totals: Totals, learning_rate: float) -> dict[str, float]:
+        found = []
+        for one in passes:
+            terms = self._objective.terms(self._trainee.model, one.to(self._device), totals)
+            self._objective.total(terms).backward()  # type: ignore[no-untyped-call]
+            found.append({name: float(value.detach()) for name, value in terms.items()})
         if self._clip:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._clip)
         _set_rate(self._optimizer, learning_rate)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return total
+        return summed(self._objective, found)
 
     def same(self, one: Batch, other: Batch) -> bool:
-        return _same(self._model, self._head, self._device, one, other)
+        return _same(self._trainee.model, self._trainee.head, self._device, one, other)
 
-    def adapter(self) -> Adapter:
-        return extract(self._model)
+    def result(self) -> Any:
+        return self._trainee.result()
 
     def close(self) -> None:
         pass
@@ -96,49 +95,61 @@ class DeepSpeedEngine:
     parameter, is not used: a bfloat16 base model on GPUs costs no more than with it.
     """
 
-    def __init__(self, peft_model: Any, training: TrainingSettings, device: torch.device) -> None:
+    def __init__(self, objective: Objective, training: TrainingSettings, device: torch.device) -> None:
         import deepspeed
 
         start_ranks(device)
         self.rank, self.ranks = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-        self._head = peft_model.get_output_embeddings()
+        self._objective = objective
+        self._trainee = objective.trainee
         self._device = device
-        self._model = peft_model
-        self._passes = training.accumulation
+        self._passes = training.accumulation * (2 if objective.tuned else 1)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=peft_model, model_parameters=_trainable(peft_model), config=deepspeed_config(training, self.ranks)
+            model=self._trainee.model,
+            model_parameters=self._trainee.parameters,
+            config=deepspeed_config(training, self.ranks, tuned=objective.tuned),
         )
 
-    def step(self, passes: Sequence[Batch], labels: int, learning_rate: float) -> float:
+    def step(self, passes: Sequence[Pass], totals: Totals, learning_rate: float) -> dict[str, float]:
         _set_rate(self._optimizer, learning_rate)
-        total = torch.zeros((), device=self._device)
-        for batch in passes:
-            loss = label_losses(self._engine, self._head, batch.to(self._device)).sum() / labels
-            total += loss.detach()
+        found = []
+        for one in passes:
+            terms = self._objective.terms(self._engine, one.to(self._device), totals)
             # DeepSpeed takes the mean over ranks and passes; we want the sum.
-            self._engine.backward(loss * (self.ranks * self._passes))
+            self._engine.backward(self._objective.total(terms) * (self.ranks * self._passes))
             self._engine.step()
+            found.append({name: value.detach() for name, value in terms.items()})
+        return summed(self._objective, self._over_ranks(found))
+
+    def _over_ranks(self, found: Sequence[dict[str, torch.Tensor]]) -> list[dict[str, float]]:
+        names = [name for name in TERMS if any(name in terms for terms in found)]
+        zero = torch.zeros((), device=self._device)
+        sums = torch.stack([torch.stack([terms.get(name, zero) for terms in found]).sum() for name in names])
         if self.ranks > 1:
-            torch.distributed.all_reduce(total)
-        return float(total)
+            torch.distributed.all_reduce(sums)
+        return [dict(zip(names, sums.tolist(), strict=True))]
 
     def same(self, one: Batch, other: Batch) -> bool:
-        return _same(self._engine, self._head, self._device, one, other)
+        return _same(self._engine, self._trainee.head, self._device, one, other)
 
-    def adapter(self) -> Adapter:
+    def result(self) -> Any:
         import deepspeed
 
-        # Under ZeRO 3 every rank holds a slice of each factor.
-        with deepspeed.zero.GatheredParameters(_trainable(self._model)):
-            return extract(self._model)
+        # Under ZeRO 3 every rank holds a slice of each parameter.
+        with deepspeed.zero.GatheredParameters(self._trainee.parameters):
+            return self._trainee.result()
 
     def close(self) -> None:
         self._engine.destroy()
         torch.distributed.destroy_process_group()
 
 
-def deepspeed_config(training: TrainingSettings, ranks: int) -> dict[str, Any]:
-    """DeepSpeed's own configuration for a training job."""
+def deepspeed_config(training: TrainingSettings, ranks: int, *, tuned: bool = False) -> dict[str, Any]:
+    """DeepSpeed's own configuration for a training job.
+
+    Args:
+        tuned: each pass over the task is followed by one over general text.
+    """
     own: DeepSpeedSettings = training.deepspeed
     zero: dict[str, Any] = {"stage": own.zero_stage}
     if own.offload_optimizer:
@@ -148,7 +159,7 @@ def deepspeed_config(training: TrainingSettings, ranks: int) -> dict[str, Any]:
     passes = training.accumulation * ranks
     return {
         "train_micro_batch_size_per_gpu": -(-training.batch_size // passes),
-        "gradient_accumulation_steps": training.accumulation,
+        "gradient_accumulation_steps": training.accumulation * (2 if tuned else 1),
         "gradient_clipping": training.clip_norm,
         "zero_optimization": zero,
         # LoRA's optimizer state is small: torch's AdamW needs no compiler on the machine and loses no time.
@@ -204,10 +215,6 @@ def _same(model: nn.Module, head: nn.Module | None, device: torch.device, one: B
         return is_same(model, head, one.to(device), other.to(device))
     finally:
         model.train()
-
-
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _set_rate(optimizer: Any, rate: float) -> None:

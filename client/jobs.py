@@ -16,6 +16,7 @@ from typing import Any
 
 from seedbed.client.data import digest_of
 from seedbed.client.launch import run
+from seedbed.client.outcome import put_result
 from seedbed.client.training import TrainSpec
 from seedbed.common import basemodel
 from seedbed.common.errors import AdapterMismatchError, SeedbedError
@@ -69,9 +70,11 @@ def _result(job: Job, node: Node, deadline: float | None) -> tuple[str, Manifest
     store = DirectoryStore(node.store)
     work = node.work / job.recipe[:16]
     start = store.open(job.parent) if job.parent else None
-    spec = TrainSpec.of(job, node, work / "adapter", start)
+    experts = [store.open(digest) for digest in job.experts]
+    spec = TrainSpec.of(job, node, work / "adapter", start, experts)
     # The recipe is the coordinator's and knows no data: the same job on changed data is another training.
-    data = recipe_hash({source.task: digest_of(source) for source in spec.data})
+    sources = (*spec.data, *([spec.general] if spec.general is not None else []))
+    data = recipe_hash({source.task: digest_of(source) for source in sources})
     held = store.find(job.recipe)
     if held is not None:
         manifest = read_manifest(store.open(held))
@@ -86,7 +89,7 @@ def _train(spec: TrainSpec, work: Path, store: DirectoryStore, deadline: float |
     work.mkdir(parents=True, exist_ok=True)
     with (work / "progress.jsonl").open("w", encoding="utf-8") as progress:
         run(spec, on_event=_writer(progress.write, progress.flush), deadline=deadline, log=work / "training.log")
-    digest = store.put(spec.output)
+    digest = put_result(spec.output, store)
     shutil.rmtree(spec.output, ignore_errors=True)
     return digest
 

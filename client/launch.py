@@ -24,13 +24,13 @@ from typing import IO, Any
 
 import torch
 
+from seedbed.client.outcome import manifest_of
 from seedbed.client.training import TrainSpec, choose_engine
 from seedbed.client.worker import MEMORY_HINT, WATCH
 from seedbed.common import errors
 from seedbed.common.errors import SeedbedError, StorageError, TrainingError
 from seedbed.common.files import atomic_write
 from seedbed.common.manifest import Manifest
-from seedbed.common.storage import read_manifest
 
 __all__ = ["TrainOutcome", "choose_engine", "run"]
 
@@ -42,7 +42,7 @@ _GRACE = 10.0
 
 @dataclass(frozen=True, slots=True)
 class TrainOutcome:
-    """A trained adapter on disk."""
+    """A trained result on disk."""
 
     directory: Path
     manifest: Manifest
@@ -81,7 +81,7 @@ def run(
         code = process.wait() if done is None else 0
     if done is None:
         raise _crash(code, log)
-    return TrainOutcome(spec.output, read_manifest(spec.output), dict(done["metrics"]), time.monotonic() - started)
+    return TrainOutcome(spec.output, manifest_of(spec.output), dict(done["metrics"]), time.monotonic() - started)
 
 
 def _last(events: Iterator[dict[str, Any]], on_event: Callable[[dict[str, Any]], None] | None) -> dict[str, Any] | None:

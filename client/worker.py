@@ -54,9 +54,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _work(spec_file: Path, emit: Callable[[dict[str, Any]], None]) -> None:
+    from seedbed.client.outcome import write_result
     from seedbed.client.training import TrainSpec, train
-    from seedbed.common import basemodel
-    from seedbed.common.storage import write_adapter
 
     main_rank = int(os.environ.get("RANK", "0")) == 0
     spec = TrainSpec.model_validate_json(spec_file.read_text(encoding="utf-8"))
@@ -65,18 +64,8 @@ def _work(spec_file: Path, emit: Callable[[dict[str, Any]], None]) -> None:
     trained = train(spec, emit if main_rank else _ignore)
     if not main_rank:
         return
-    manifest = write_adapter(
-        spec.output,
-        trained.adapter,
-        kind=spec.kind,
-        base=spec.identity or basemodel.identify(basemodel.resolve(spec.base), spec.base.model),
-        parents=spec.parents,
-        task=spec.task,
-        recipe=spec.recipe,
-        settings=spec.settings,
-        metrics=trained.metrics,
-    )
-    emit({"event": "done", "digest": manifest.digest, "metrics": trained.metrics})
+    digest = write_result(spec, trained)
+    emit({"event": "done", "digest": digest, "metrics": trained.metrics})
 
 
 def _ignore(_event: dict[str, Any]) -> None:

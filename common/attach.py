@@ -7,6 +7,8 @@ so one base model in memory serves any number of adapters in turn, of any mixtur
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +26,16 @@ class AdapterSlot:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._handles: list[RemovableHandle] = []
+        self._norms: list[Tensor] | None = None
+
+    @contextmanager
+    def norms(self) -> Iterator[list[Tensor]]:
+        """Within the body, every adapted module adds ``‖s B A x‖₂`` of each token, ``[rows, tokens]``, to the list."""
+        self._norms = []
+        try:
+            yield self._norms
+        finally:
+            self._norms = None
 
     def put(self, adapter: Adapter | None) -> None:
         """Replace the adapter that is on the model; None leaves the bare base model.
@@ -35,7 +47,27 @@ class AdapterSlot:
         pairs = [(_target(modules, name, factors), factors) for name, factors in (adapter or {}).items()]
         for handle in self._handles:
             handle.remove()
-        self._handles = [module.register_forward_hook(_hook(module, factors)) for module, factors in pairs]
+        self._handles = [module.register_forward_hook(self._hook(module, factors)) for module, factors in pairs]
+
+    def _hook(self, module: nn.Module, factors: LoraFactors) -> Any:
+        device = next(module.parameters()).device
+        A = factors.A.detach().to(device)
+        B = (factors.scaling * factors.B.detach()).to(device)
+
+        def add_update(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            x = inputs[0]
+            fused = not torch.is_grad_enabled() and output.dtype == B.dtype and output.is_contiguous()
+            if self._norms is not None or not fused:
+                update = F.linear(F.linear(x.to(A.dtype), A), B)
+                if self._norms is not None:
+                    self._norms.append(torch.linalg.vector_norm(update.float(), dim=-1))
+                return output + update.to(output.dtype)
+            # In place, as one fused product: the update costs no second tensor of the output's size.
+            flat = output.view(-1, output.shape[-1])
+            flat.addmm_(F.linear(x, A).view(-1, A.shape[0]), B.T)
+            return output
+
+        return add_update
 
 
 def _target(modules: dict[str, nn.Module], name: str, factors: LoraFactors) -> nn.Module:
@@ -61,20 +93,3 @@ def _shape(module: nn.Module) -> tuple[int, int] | None:
     if hasattr(module, "nx") and hasattr(module, "nf"):
         return int(module.nf), int(module.nx)  # type: ignore[arg-type]
     return None
-
-
-def _hook(module: nn.Module, factors: LoraFactors) -> Any:
-    device = next(module.parameters()).device
-    A = factors.A.detach().to(device)
-    B = (factors.scaling * factors.B.detach()).to(device)
-
-    def add_update(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = inputs[0]
-        if torch.is_grad_enabled() or output.dtype != B.dtype or not output.is_contiguous():
-            return output + F.linear(F.linear(x.to(A.dtype), A), B).to(output.dtype)
-        # In place, as one fused product: the update costs no second tensor of the output's size.
-        flat = output.view(-1, output.shape[-1])
-        flat.addmm_(F.linear(x, A).view(-1, A.shape[0]), B.T)
-        return output
-
-    return add_update

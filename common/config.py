@@ -19,8 +19,10 @@ from seedbed.common.errors import ConfigError, nearest
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
-Candidate = Literal["base", "seed", "experts", "average", "compressed", "factor_mean", "unseeded", "joint"]
-CANDIDATES: tuple[str, ...] = get_args(Candidate)
+Group = Literal["experts", "unseeded", "tuned"]
+GROUPS: tuple[str, ...] = get_args(Group)
+RouterKind = Literal["uniform", "learned", "arrow", "phatgoose", "sequence", "molora"]
+ROUTER_KINDS: tuple[str, ...] = get_args(RouterKind)
 
 
 class Section(BaseModel):
@@ -141,6 +143,11 @@ class TaskSettings(Section):
     """What the model reads before it answers; `{prompt}` and `{instruction}` are the example's own."""
     train_limit: PositiveInt | None = None
     """Use at most so many training examples of a task."""
+    general: Path | None = None
+    """General-purpose text, one {"text": …} a line. None is `data`/general_text.jsonl where that exists; the embedded tasks
+    bring their own."""
+    general_test: PositiveInt = 100
+    """The last so many texts of it only measure (drift from the base model); routing tuning trains on the others."""
 
     @model_validator(mode="after")
     def _distinct(self) -> TaskSettings:
@@ -155,23 +162,117 @@ class TaskSettings(Section):
         return self
 
 
+class RoutingTuningSettings(Section):
+    """The objective of I-LoRA, under which the experts of the group `tuned` train:
+
+    ``task_weight · LM(task) + kl_weight · KL(base ‖ adapted; general text) + norm_weight · mean ‖s B A x‖₂ (general text)``.
+
+    The paper publishes neither weights nor the share of general text: these are our choices. A weight of 0 removes a term."""
+
+    task_weight: NonNegative = 1.0
+    kl_weight: NonNegative = 1.0
+    norm_weight: NonNegative = 0.1
+    general_batch: PositiveInt = 8
+    """General texts in one optimizer step, beside the step's own examples of the task."""
+
+    @model_validator(mode="after")
+    def _something_is_minimized(self) -> RoutingTuningSettings:
+        if not (self.task_weight or self.kl_weight or self.norm_weight):
+            raise ValueError("all weights of routing_tuning are 0, which leaves nothing to train for")
+        return self
+
+    @property
+    def needs_general_text(self) -> bool:
+        return bool(self.kl_weight or self.norm_weight)
+
+
+class RoutingSettings(Section):
+    """How routers that are trained come about; the experts stay frozen (except for `molora`)."""
+
+    mode: Literal["federated", "public"] = "federated"
+    """Of the learned router. `federated`: every client trains it on its own data, the weights are averaged, `rounds` times.
+    `public`: one participant trains it on the sample `data`."""
+    data: Path | None = None
+    rounds: PositiveInt = 2
+    steps: PositiveInt = 30
+    """Optimizer steps of a client in one round (or of the one participant, for `public`)."""
+    gate_steps: PositiveInt = 100
+    """Optimizer steps of each expert's own gate, for `phatgoose`."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    """Of routers and gates."""
+    load_balance: NonNegative = 0.0
+    """Weight of the loss that spreads tokens over the experts, for `learned` and `molora`."""
+
+    @model_validator(mode="after")
+    def _public_needs_data(self) -> RoutingSettings:
+        if self.mode == "public" and self.data is None:
+            raise ValueError("routing mode 'public' needs combine.routing.data, a file of examples")
+        return self
+
+
+class CandidateSettings(Section):
+    """One candidate that is more than a name: a merge method or a router with options, over one group of adapters."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    """What tables call it, and its folder under adapters/."""
+    method: str | None = None
+    """A row of `seedbed merge --list`."""
+    router: RouterKind | None = None
+    of: Group = "experts"
+    """Which adapters: `experts` from the seed, `unseeded` ones, or `tuned` from the seed under `routing_tuning`."""
+    options: dict[str, Any] = {}
+    """Of the merge method, as for `seedbed merge --opt`."""
+    over: Literal["learned", "arrow", "phatgoose"] = "arrow"
+    """Whose choice `sequence` averages over the tokens of a sequence."""
+    top_k: PositiveInt | None = None
+    """Experts that a token uses at most; none is the router's own default."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the router's softmax."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> CandidateSettings:
+        if (self.method is None) == (self.router is None):
+            raise ValueError(f"candidate '{self.name}' needs either a method or a router")
+        if self.router is None and (self.top_k is not None or self.temperature != 1.0):
+            raise ValueError(f"candidate '{self.name}': top_k and temperature belong to a router")
+        if self.method is None and self.options:
+            raise ValueError(f"candidate '{self.name}': options belong to a merge method")
+        return self
+
+
 class CombineSettings(Section):
     """Which candidates are made and compared."""
 
-    candidates: tuple[Candidate, ...] = ("base", "seed", "experts", "average", "compressed", "unseeded", "joint")
-    """`base` no adapter; `seed` the seed alone; `experts` every expert alone; `average` the exact mean of the experts' outputs;
-    `compressed` the same cut to `rank`; `factor_mean` A and B averaged apart; `unseeded` the exact mean of experts that never
-    saw the seed but trained as many steps; `joint` one adapter trained on all tasks at once, in as many steps in all."""
+    candidates: tuple[str | CandidateSettings, ...] = (
+        "base",
+        "seed",
+        "experts",
+        "average",
+        "compressed",
+        "unseeded",
+        "joint",
+    )
+    """Names, or mappings (`CandidateSettings`). `base` no adapter; `seed` the seed alone; `experts` every expert alone, `tuned`
+    every routing-tuned expert alone; `average` the exact mean of the experts' outputs; `compressed` the same cut to `rank`;
+    `unseeded` the exact mean of experts that never saw the seed but trained as many steps; `joint` one adapter trained on all
+    tasks at once, in as many steps in all. Any other method of `seedbed merge --list` and any router (uniform, learned, arrow,
+    phatgoose, sequence, molora) by its name, over the experts and with its defaults."""
     rank: PositiveInt | None = None
     """Rank of `compressed`; none means the rank that the experts have."""
+    routing: RoutingSettings = RoutingSettings()
 
     @model_validator(mode="after")
     def _no_duplicates(self) -> CombineSettings:
-        if len(set(self.candidates)) != len(self.candidates):
-            raise ValueError("combine.candidates names a candidate twice")
         if not self.candidates:
             raise ValueError("combine.candidates is empty")
+        if len(set(self.names)) != len(self.names):
+            raise ValueError("combine.candidates names a candidate twice")
         return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all candidates, in order."""
+        return tuple(entry if isinstance(entry, str) else entry.name for entry in self.candidates)
 
 
 class EvaluationSettings(Section):
@@ -183,6 +284,8 @@ class EvaluationSettings(Section):
     """Whether an expert alone is measured on every task or only on its own."""
     batch_tokens: PositiveInt = 8192
     """Bound on the tokens of one forward pass."""
+    drift: bool = True
+    """Measure every candidate on general text, too, where there is some: divergence from the base model and perplexity."""
     extra: tuple[str, ...] = ()
     """Further lm-eval tasks by name, scored as held out; they need a hub."""
 
@@ -215,6 +318,7 @@ class FederationConfig(Section):
     lora: LoraSettings = LoraSettings()
     seed: SeedSettings = SeedSettings()
     training: TrainingSettings = TrainingSettings()
+    routing_tuning: RoutingTuningSettings = RoutingTuningSettings()
     combine: CombineSettings = CombineSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     stages: StageSettings = StageSettings()
@@ -224,7 +328,7 @@ class FederationConfig(Section):
     def _whole(self) -> FederationConfig:
         if not self.tasks.experts:
             raise ValueError("tasks.experts is empty: a federation needs at least one expert task")
-        if self.seed.mode == "none" and "seed" in self.combine.candidates:
+        if self.seed.mode == "none" and "seed" in self.combine.names:
             raise ValueError("candidate 'seed' needs a seed, but seed.mode is 'none'")
         return self
 

@@ -11,10 +11,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from seedbed.common.config import BaseModelConfig, LoraSettings, TrainingSettings
+from seedbed.common.config import BaseModelConfig, LoraSettings, RoutingTuningSettings, TrainingSettings
 from seedbed.common.manifest import BaseIdentity, Manifest, Record, recipe_hash
+from seedbed.common.routing.settings import RouterSettings
 
-JobKind = Literal["seed", "expert", "joint"]
+JobKind = Literal["seed", "expert", "joint", "gate", "router", "molora"]
+GENERAL = "general"
+"""Name that general-purpose text has among a participant's data."""
 NODES_VARIABLE = "SEEDBED_NODES"
 """Environment variable of a simulation: the directory with one node file for each partition."""
 
@@ -78,16 +81,35 @@ class Job(Record):
     sample_seed: int = 0
     """The same in every round of a seed, so that rounds together see no more than the fraction."""
     parent: str | None = None
-    """Digest of the adapter to start from; none starts from a fresh one, drawn with `init_seed`, with B = 0."""
+    """Digest of the adapter (of a router job: the router) to start from; none starts from a fresh one: A drawn with
+    `init_seed`, B = 0, a router of zeros."""
     lora: LoraSettings
     training: TrainingSettings
     init_seed: int = 0
     data_seed: int = 0
+    tuning: RoutingTuningSettings | None = None
+    """The objective of routing tuning, which needs general text; none is the plain one."""
+    experts: tuple[str, ...] = ()
+    """Digests of the frozen experts that a gate (one) or a router is trained over."""
+    names: tuple[str, ...] = ()
+    """What the experts of a gate or router are called; of a `molora` job, those that it trains."""
+    router: RouterSettings | None = None
+    """What a job of kind `router` or `molora` trains."""
+    load_balance: float = 0.0
+    """Weight of the loss that spreads tokens over the experts."""
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Digests that the result's manifest names as its parents: of a router its experts, so that it can be used."""
+        return self.experts or ((self.parent,) if self.parent else ())
 
     @property
     def recipe(self) -> str:
-        """Hash of everything that determines the trained adapter."""
-        return recipe_hash(self.model_dump(mode="json", exclude={"name"}))
+        """Hash of everything that determines the trained result. Parts that a job does not have do not enter it."""
+        unused = {
+            field for field in ("tuning", "experts", "names", "router", "load_balance") if not getattr(self, field)
+        }
+        return recipe_hash(self.model_dump(mode="json", exclude={"name", *unused}))
 
 
 class JobResult(Record):

@@ -7,7 +7,8 @@ the vocabulary projection runs only where a token is scored, and one loaded base
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from seedbed.common.adapter import Adapter
 from seedbed.common.attach import AdapterSlot
 from seedbed.common.errors import DataError
 from seedbed.common.packing import Collated, Request, Tree, batches, collate, grow_trees
+from seedbed.common.routing import Mixture, MixtureSlot
 
 Progress = Callable[[int, int], None]
 """Called with the number of requests that are done and the number of all."""
@@ -51,15 +53,40 @@ class SeedbedLM(LM):  # type: ignore[misc]
         self.progress = progress
         self._device = model.device
         self._slot = AdapterSlot(model)
+        self.routing = MixtureSlot(model)
+        """Of a mixture: what its router does can be recorded here."""
+        self._worn: Adapter | Mixture | None = None
         self._branches: bool | None = None
 
-    def set_adapter(self, adapter: Adapter | None) -> None:
-        """Score with `adapter` from now on, or with the bare base model.
+    def set_adapter(self, worn: Adapter | Mixture | None) -> None:
+        """Score with an adapter, or with a mixture of experts, from now on, or with the bare base model.
 
         Raises:
-            AdapterMismatchError: if it does not fit the model; the previous adapter then stays.
+            AdapterMismatchError: if it does not fit the model; what was on before then stays.
         """
-        self._slot.put(adapter)
+        if isinstance(worn, Mixture):
+            self.routing.put(worn)
+            self._slot.put(None)
+        else:
+            self._slot.put(worn)
+            self.routing.put(None)
+        if isinstance(worn, Mixture) or isinstance(self._worn, Mixture):
+            self._branches = None  # a router may look at the whole sequence, so this is tried out again
+        self._worn = worn
+
+    @contextmanager
+    def bare(self) -> Iterator[None]:
+        """Within the body the model is the bare base model; then what it wore before is on again."""
+        worn = self._worn
+        self.set_adapter(None)
+        try:
+            yield
+        finally:
+            self.set_adapter(worn)
+
+    def update_norms(self) -> AbstractContextManager[list[Tensor]]:
+        """See `AdapterSlot.norms`."""
+        return self._slot.norms()
 
     # --- lm-eval's interface ----------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Where adapters live: a content-addressed store, and by way of it everything that reads and writes adapters.
 
-    root/adapters/<digest>/   a PEFT directory with its manifest; the digest is the manifest's
+    root/adapters/<digest>/   a PEFT directory (or a router's) with its manifest; the digest is the manifest's
     root/recipes/<recipe>     the digest of the adapter that this recipe made
 
 What is in a store never changes, so any number of processes may read and write one at the same time: entries are
@@ -21,6 +21,7 @@ from seedbed.common.errors import AdapterError, AdapterMismatchError, StorageErr
 from seedbed.common.files import atomic_write, new_directory, storing, sync_directory, temporary_beside
 from seedbed.common.manifest import Manifest
 from seedbed.common.peft_format import read_adapter, write_adapter
+from seedbed.common.routing.router_file import ROUTER_FILES, read_router
 
 __all__ = [
     "AdapterFile",
@@ -66,7 +67,7 @@ class DirectoryStore:
         """See `AdapterStore.put`. The copy is verified, not the original.
 
         Raises:
-            AdapterError: if the directory is not a whole adapter with manifest (see `AdapterFile`).
+            AdapterError: if the directory is not a whole adapter or router with manifest (see `AdapterFile`).
             StorageError: if the file system refuses.
         """
         read_manifest(directory)
@@ -93,7 +94,7 @@ class DirectoryStore:
         if not directory.is_dir():
             raise StorageError(f"adapter {digest} is not in the store {self.root}", "Put it there, or ask for another.")
         try:
-            got = AdapterFile(directory).manifest.digest
+            got = _verified(directory).digest
         except AdapterError as error:
             raise AdapterMismatchError(f"adapter {digest} is damaged in the store: {error.message}", _AGAIN) from None
         if got != digest:
@@ -152,11 +153,20 @@ _AGAIN = "Remove that entry of the store and put the adapter again."
 
 def _copy(source: Path, target: Path) -> Manifest:
     target.mkdir()
-    for name in FILES:
+    for name in ROUTER_FILES if _is_router(source) else FILES:
         shutil.copyfile(source / name, target / name)
         with (target / name).open("rb") as file:
             os.fsync(file.fileno())
-    return AdapterFile(target).manifest
+    return _verified(target)
+
+
+def _is_router(directory: Path) -> bool:
+    return read_manifest(directory).kind in ("router", "gate")
+
+
+def _verified(directory: Path) -> Manifest:
+    """The manifest of a whole adapter or router; every hash is computed again."""
+    return read_router(directory)[2] if _is_router(directory) else AdapterFile(directory).manifest
 
 
 def _names(directory: Path) -> list[str]:

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from seedbed.common.adapter import Adapter
+from seedbed.common.drift import TextDrift
 from seedbed.common.manifest import BaseIdentity, Manifest
-from seedbed.common.storage import AdapterStore, read_adapter, read_manifest
+from seedbed.common.routing import Mixture, RoutingDiagnostics
+from seedbed.common.storage import AdapterStore, read_manifest
 from seedbed.common.versions import software_versions
 from seedbed.server.combination import Combination
 from seedbed.server.evaluation.compare import Circumstances, Measured, build_results
 from seedbed.server.evaluation.results import Cost, LineageNode, Outcomes, Results
 from seedbed.server.evaluation.suite import TaskResult
 from seedbed.server.ledger import Ledger
+from seedbed.server.measurement import wearable
 from seedbed.server.rundir import RunDirectory
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What was measured of the candidates, by their names."""
+
+    scores: Mapping[str, Sequence[TaskResult]]
+    drifts: Mapping[str, TextDrift] = field(default_factory=dict)
+    routing: Mapping[str, Mapping[str, RoutingDiagnostics]] = field(default_factory=dict)
+    """Of mixtures, by task."""
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+    """Of the combination as a whole."""
 
 
 def assemble(
     run: RunDirectory,
     base: BaseIdentity,
     candidates: Sequence[Combination],
-    scores: Mapping[str, Sequence[TaskResult]],
-    diagnostics: Mapping[str, float],
+    found: Findings,
     command: str,
 ) -> tuple[Results, Outcomes]:
     """Put scores, lineage, costs and circumstances of a run into one document."""
-    measured = [_measured(run.store, candidate, scores[candidate.name]) for candidate in candidates]
+    measured = [_measured(run.store, candidate, found) for candidate in candidates]
     digests = [candidate.digest for candidate in candidates if candidate.digest]
     circumstances = Circumstances(
         command=command,
@@ -34,7 +48,7 @@ def assemble(
         versions=software_versions(),
         lineage=lineage(run.store, run.ledger, digests),
         costs=_costs(run.ledger, run.config.training.batch_size),
-        diagnostics=diagnostics,
+        diagnostics=found.diagnostics,
         notes=_notes(run.ledger),
     )
     return build_results(run.config.name, measured, circumstances, seed=run.config.run.random_seed)
@@ -60,22 +74,34 @@ def lineage(store: AdapterStore, ledger: Ledger, digests: Iterable[str]) -> list
     return list(nodes.values())
 
 
-def _measured(store: AdapterStore, candidate: Combination, scores: Sequence[TaskResult]) -> Measured:
+def _measured(store: AdapterStore, candidate: Combination, found: Findings) -> Measured:
+    scores = found.scores[candidate.name]
+    drift = found.drifts.get(candidate.name)
     if candidate.digest is None:
-        return Measured(candidate.name, scores)
-    adapter, manifest = read_adapter(store.open(candidate.digest))
+        return Measured(candidate.name, scores, drift=drift)
+    manifest = read_manifest(store.open(candidate.digest))
+    rank, parameters = _size(store, candidate.digest)
     return Measured(
         candidate.name,
         scores,
         digest=candidate.digest,
-        rank=_largest_rank(adapter),
-        parameters=adapter.parameters,
+        rank=rank,
+        parameters=parameters,
         parents=manifest.parents,
+        drift=drift,
+        routing=found.routing.get(candidate.name, {}),
+        mixture=manifest.kind == "router",
     )
 
 
-def _largest_rank(adapter: Adapter) -> int:
-    return max(factors.rank for factors in adapter.values())
+def _size(store: AdapterStore, digest: str) -> tuple[int, int]:
+    """Largest rank and stored numbers; of a mixture the ranks of all experts together, and its router's numbers, too."""
+    worn = wearable(store, digest)
+    if not isinstance(worn, Mixture):
+        return max(factors.rank for factors in worn.values()), worn.parameters
+    ranks = [sum(factors.rank for factors in worn.factors(name) if factors is not None) for name in worn.shapes]
+    router = sum(tensor.numel() for module in worn.router.tensors.values() for tensor in module.values())
+    return max(ranks), router + sum(expert.parameters for expert in worn.experts)
 
 
 def _costs(ledger: Ledger, batch_size: int) -> list[Cost]:

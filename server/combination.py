@@ -6,16 +6,23 @@ import hashlib
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from seedbed.common import algebra
 from seedbed.common.adapter import Adapter
+from seedbed.common.config import Group
 from seedbed.common.manifest import BaseIdentity, Kind, recipe_hash
 from seedbed.common.storage import read_adapter, write_adapter
+from seedbed.server.candidates import Candidate, Role, needs_seed, resolve
 from seedbed.server.ledger import Entry
 from seedbed.server.merge_files import merge_directories
+from seedbed.server.mixtures import Mixer
 from seedbed.server.observer import Observer
+from seedbed.server.plan import molora_job
 from seedbed.server.rundir import RunDirectory
 
 
@@ -29,21 +36,16 @@ class Combination:
 
 
 @dataclass(frozen=True, slots=True)
-class _Recipe:
-    """How a candidate is merged: of which experts, by which row of the table of methods."""
+class Parts:
+    """What candidates are made of, by digest."""
 
-    parents: str
-    """`experts` or `unseeded`."""
-    method: str
-    takes_rank: bool = False
-
-
-_MERGED = {
-    "average": _Recipe("experts", "average"),
-    "compressed": _Recipe("experts", "svd", takes_rank=True),
-    "factor_mean": _Recipe("experts", "factor_mean"),
-    "unseeded": _Recipe("unseeded", "average"),
-}
+    seed: str | None
+    groups: Mapping[Group, Mapping[str, str]]
+    """Adapters by task, for each group that was trained."""
+    alone: Mapping[str, str] = field(default_factory=dict)
+    """`joint`, and routers trained together with their experts, by job name."""
+    routers: Mapping[str, str] = field(default_factory=dict)
+    """Trained routers, by candidate."""
 
 
 class Combiner:
@@ -53,6 +55,7 @@ class Combiner:
         self.run = run
         self.base = base
         self.observe = observe
+        self.mixer = Mixer(run.store, base, self._once)
 
     def given_seed(self, adapter: Adapter) -> str:
         """Take an adapter from outside into the store as the seed."""
@@ -67,59 +70,78 @@ class Combiner:
         """One round's seed: A and B averaged apart, nearly exact since all parents share their start."""
         return self._merge(f"seed:round-{round_index + 1}", "factor_mean", parents, kind="seed")
 
-    def combine(self, seed: str | None, experts: Mapping[str, str], references: Mapping[str, str]) -> list[Combination]:
-        """All candidates that the configuration names, in its order, published under ``adapters/``.
-
-        Args:
-            seed: digest of the seed.
-            experts: digests by job name ``expert:TASK``.
-            references: digests by job name ``unseeded:TASK`` and ``joint``.
-        """
-        names = self.run.config.combine.candidates
-        self.observe.stage("combine", len(names))
+    def combine(self, parts: Parts) -> list[Combination]:
+        """All candidates that the configuration names, in its order, published under ``adapters/``."""
+        candidates = resolve(self.run.config)
+        self.observe.stage("combine", len(candidates))
         found: list[Combination] = []
-        for name in names:
-            found += self._candidate(name, seed, experts, references)
-            self.observe.advance(name)
-        for candidate in found:
-            if candidate.digest is not None:
-                self.run.publish(candidate.name, candidate.digest)
+        for candidate in candidates:
+            found += self._candidate(candidate, parts)
+            self.observe.advance(candidate.name)
+        for made in found:
+            if made.digest is not None:
+                self.run.publish(made.name, made.digest)
         return found
 
-    def diagnostics(self, experts: Mapping[str, str], references: Mapping[str, str]) -> dict[str, float]:
+    def diagnostics(self, parts: Parts) -> dict[str, float]:
         """How far averaging A and B apart is from the exact mean, for seeded and for unseeded experts."""
-        groups = {"factor_gap_seeded": list(experts.values()), "factor_gap_unseeded": _unseeded(references)}
-        return {name: self._factor_gap(digests) for name, digests in groups.items() if len(digests) > 1}
+        labels: dict[Group, str] = {"experts": "seeded", "tuned": "tuned", "unseeded": "unseeded"}
+        groups = {label: list(parts.groups.get(group, {}).values()) for group, label in labels.items()}
+        return {f"factor_gap_{label}": self._factor_gap(group) for label, group in groups.items() if len(group) > 1}
 
     def _factor_gap(self, digests: Sequence[str]) -> float:
         adapters = [read_adapter(self.run.store.open(digest))[0] for digest in digests]
         return float(algebra.factor_gap(adapters).overall)
 
-    def _candidate(
-        self, name: str, seed: str | None, experts: Mapping[str, str], references: Mapping[str, str]
-    ) -> list[Combination]:
-        if name == "base":
-            return [Combination("base", None)]
-        if name == "seed":
-            return [Combination("seed", seed)]
-        if name == "experts":
-            return [Combination(job, digest, job.partition(":")[2]) for job, digest in experts.items()]
-        if name == "joint":
-            return [Combination("joint", references["joint"])]
-        recipe = _MERGED[name]
-        parents = list(experts.values()) if recipe.parents == "experts" else _unseeded(references)
-        rank = (self.run.config.combine.rank or self.run.config.lora.rank) if recipe.takes_rank else None
-        return [Combination(name, self._merge(name, recipe.method, parents, rank))]
+    def _candidate(self, candidate: Candidate, parts: Parts) -> list[Combination]:
+        group = parts.groups.get(candidate.of, {})
+        makers: dict[Role, Callable[[], list[Combination]]] = {
+            "base": lambda: [Combination("base", None)],
+            "seed": lambda: [Combination("seed", parts.seed)],
+            "joint": lambda: [Combination("joint", parts.alone["joint"])],
+            "oracle": list,  # computed from the experts' scores
+            "alone": lambda: [Combination(alone_name(candidate.of, task), group[task], task) for task in group],
+            "merge": lambda: [Combination(candidate.name, self._merged(candidate, group, parts.seed))],
+            "mixture": lambda: [Combination(candidate.name, self._mixture(candidate, group, parts))],
+        }
+        return makers[candidate.role]()
+
+    def _merged(self, candidate: Candidate, group: Mapping[str, str], seed: str | None) -> str:
+        assert candidate.method is not None
+        assert candidate.options is not None
+        options = candidate.options.model_dump(mode="json", exclude_defaults=True)
+        given = seed if needs_seed(candidate.options) else None
+        return self._merge(candidate.name, candidate.method.name, list(group.values()), options, given)
 
     def _merge(
-        self, name: str, method: str, parents: Sequence[str], rank: int | None = None, kind: Kind = "merge"
+        self,
+        name: str,
+        method: str,
+        parents: Sequence[str],
+        options: Mapping[str, Any] | None = None,
+        seed: str | None = None,
+        kind: Kind = "merge",
     ) -> str:
-        recipe = recipe_hash({"combine": method, "parents": list(parents), "rank": rank, "kind": kind})
+        chosen = dict(options or {})
+        recipe = recipe_hash(
+            {"combine": method, "parents": list(parents), "options": chosen, "seed": seed, "kind": kind}
+        )
 
         def make(directory: Path) -> None:
-            merge_directories([self.run.store.open(digest) for digest in parents], method, directory, rank, kind=kind)
+            inputs = [self.run.store.open(digest) for digest in parents]
+            start = self.run.store.open(seed) if seed else None
+            merge_directories(inputs, method, directory, options=chosen, seed=start, kind=kind)
 
         return self._once(name, recipe, make)
+
+    def _mixture(self, candidate: Candidate, group: Mapping[str, str], parts: Parts) -> str:
+        """Digest of the candidate's router, whose parents are the experts."""
+        assert candidate.routing is not None
+        if candidate.routing.kind == "molora":
+            return parts.alone[molora_job(candidate)]
+        if candidate.name in parts.routers:
+            return self.mixer.averaged(candidate, group, parts.routers[candidate.name])
+        return self.mixer.computed(candidate, group)
 
     def _once(self, name: str, recipe: str, make: Callable[[Path], None]) -> str:
         """Have an adapter written and put into the store, unless the ledger says that it is there."""
@@ -139,17 +161,16 @@ def _scratch(root: Path) -> Iterator[Path]:
         yield Path(directory) / "adapter"
 
 
-def _unseeded(references: Mapping[str, str]) -> list[str]:
-    return [digest for job, digest in references.items() if job.startswith("unseeded:")]
+def alone_name(group: Group, task: str) -> str:
+    """What a single adapter of a group is called as a candidate."""
+    return f"expert:{task}" if group == "experts" else f"{group}:{task}"
 
 
 def _content(adapter: Adapter) -> dict[str, list[float | str]]:
     """What an adapter computes, hashed: the same for equal factors, whatever file they came in."""
 
     def digest(factor: object) -> str:
-        import torch
-
-        assert isinstance(factor, torch.Tensor)
+        assert isinstance(factor, Tensor)
         return hashlib.sha256(factor.detach().float().contiguous().cpu().numpy().tobytes()).hexdigest()
 
     return {name: [module.scaling, digest(module.A), digest(module.B)] for name, module in adapter.items()}

@@ -17,7 +17,8 @@ from seedbed.common.errors import ModelError, SeedbedError
 from seedbed.common.jobs import Hello, Job, JobResult
 from seedbed.common.manifest import BaseIdentity
 from seedbed.common.targets import target_shapes
-from seedbed.server.assembly import assemble
+from seedbed.server.assembly import Findings, assemble
+from seedbed.server.candidates import resolve
 from seedbed.server.describe import plan_tables
 from seedbed.server.evaluation import results as records
 from seedbed.server.evaluation.report import write_report
@@ -27,6 +28,7 @@ from seedbed.server.inputs import EMBEDDED_TEST, Inputs, find_inputs, write_embe
 from seedbed.server.ledger import Entry
 from seedbed.server.measurement import Measurement
 from seedbed.server.observer import Observer, Silent
+from seedbed.server.plan import Planner
 from seedbed.server.rundir import RunDirectory
 from seedbed.server.simulation import simulate, worker_count, write_nodes
 from seedbed.server.workforce import Failure, Workforce
@@ -58,8 +60,10 @@ def conduct(setting: Setting, workforce: Workforce) -> Results:
     try:
         federation = setting.federation(workforce)
         candidates = federation.conduct()
-        scores = Measurement(run, setting.base, setting.inputs.test, setting.observe).scores(candidates)
-        results, outcomes = assemble(run, setting.base, candidates, scores, federation.diagnostics, setting.command)
+        measurement = Measurement(run, setting.base, setting.inputs, setting.observe)
+        scores, drifts = measurement.scores(candidates), measurement.drifts(candidates)
+        found = Findings(scores, drifts, measurement.routing(candidates), federation.diagnostics)
+        results, outcomes = assemble(run, setting.base, candidates, found, setting.command)
         write_report(results, outcomes, run.root)
     except SeedbedError as error:
         run.ledger.append(Entry(event="failed", reason=error.message))
@@ -96,6 +100,7 @@ def open_setting(
     config: FederationConfig, root: Path, observe: Observer, *, resume: bool, command: str = ""
 ) -> Setting:
     """Check everything that can be checked before anything is written, then open the run directory."""
+    resolve(config)
     directory = basemodel.resolve(config.base)
     shapes = target_shapes(directory, config.lora)
     found = find_inputs(config)
@@ -107,6 +112,7 @@ def open_setting(
 
 def describe(config: FederationConfig) -> Group:
     """The plan of a run as tables; nothing is written, and a base model that is not at hand leaves sizes open."""
+    resolve(config)
     try:
         shapes = target_shapes(basemodel.resolve(config.base), config.lora)
     except ModelError:
@@ -153,10 +159,11 @@ def _trained(setting: Setting) -> bool:
 
 def _with_participants(setting: Setting, client_app: ClientApp) -> Results:
     run = setting.run
-    pooled = setting.federation(_Nobody()).planner.needs_pooled_data
+    planner = Planner(run.config, setting.base)
+    pooled, general = planner.needs_pooled_data, planner.needs_general_text
     workers = worker_count(run.config, len(run.config.tasks.experts) + pooled)
     threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    nodes = write_nodes(run, setting.inputs, pooled=pooled, threads=threads)
+    nodes = write_nodes(run, setting.inputs, pooled=pooled, general=general, threads=threads)
     results: list[Results] = []
     simulate(run, client_app, nodes, workers, lambda workforce: results.append(conduct(setting, workforce)))
     return results[0]

@@ -102,7 +102,7 @@ def _evaluation(config: FederationConfig, tests: Mapping[str, int] | None) -> Ta
     table = Table(title="evaluation", title_justify="left")
     for column in ("candidate", "tasks", "items"):
         table.add_column(column, justify="left" if column == "candidate" else "right")
-    for name in config.combine.candidates:
+    for name in config.combine.names:
         if name == "experts" and config.evaluation.expert_tasks == "own":
             own = None if tests is None else sum(min(tests[t], limit or tests[t]) for t in config.tasks.experts)
             table.add_row(

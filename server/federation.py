@@ -1,4 +1,4 @@
-"""The stages of a federation: hello, seed, experts, references, combine.
+"""The stages of a federation: hello, seed, experts, references, routers, combine.
 
 Each stage is a function of earlier artifacts. What the ledger holds is not done again, so a stage after a crash asks only
 for what is missing. Evaluation and report follow in `server.evaluation`; Flower is known only to the `Workforce`.
@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from seedbed.common.config import SeedSettings
+from seedbed.common.config import Group, SeedSettings
 from seedbed.common.errors import AdapterMismatchError, EnvironmentFailure, QuorumError, SeedbedError
 from seedbed.common.jobs import Hello, Job, JobResult
 from seedbed.common.manifest import BaseIdentity
 from seedbed.common.storage import read_adapter
 from seedbed.server.admission import Admission, Shapes
-from seedbed.server.combination import Combination, Combiner
+from seedbed.server.candidates import Candidate
+from seedbed.server.combination import Combination, Combiner, Parts
 from seedbed.server.ledger import Entry
 from seedbed.server.observer import Observer
-from seedbed.server.plan import PUBLIC, Planner
+from seedbed.server.plan import PUBLIC, PUBLIC_ROUTER, Planner
 from seedbed.server.rundir import RunDirectory
 from seedbed.server.workforce import Failure, Workforce
 
@@ -70,10 +71,12 @@ class Federation:
             QuorumError: if a stage ends with too few results.
         """
         seed = self.seed()
-        experts = self._stage("experts", self.planner.experts(seed, self.tasks))
-        references = self.references()
-        self.diagnostics = self.combiner.diagnostics(experts, references)
-        return self.combiner.combine(seed, experts, references)
+        experts = self._by_task(self._stage("experts", self.planner.experts(seed, self.tasks)))
+        parts = self.references(seed)
+        parts = replace(parts, groups={"experts": experts, **parts.groups})
+        parts = replace(parts, routers=self.routers(parts))
+        self.diagnostics = self.combiner.diagnostics(parts)
+        return self.combiner.combine(parts)
 
     # -- seed ---------------------------------------------------------------------------------------------------------
 
@@ -124,22 +127,62 @@ class Federation:
 
     # -- references -----------------------------------------------------------------------------------------------------
 
-    def references(self) -> Mapping[str, str]:
-        """Digests of the trainings that only serve comparison, by job name. They share one stage to keep workers busy."""
-        jobs: list[Job] = []
-        if self.planner.wants("joint"):  # the longest first
-            jobs.append(self.planner.joint(self.tasks))
-        if self.planner.wants("unseeded"):
-            jobs += self.planner.unseeded(self.tasks)
-        return self._stage("references", jobs, shrink=False) if jobs else {}
+    def references(self, seed: str | None) -> Parts:
+        """The trainings beside the experts. They share one stage to keep workers busy."""
+        plan = self.planner
+        jobs: list[Job] = plan.molora(self.tasks)  # the longest first
+        jobs += [plan.joint(self.tasks)] if plan.wants("joint") else []
+        jobs += plan.unseeded(self.tasks) if plan.wants_group("unseeded") else []
+        jobs += plan.tuned(seed, self.tasks) if plan.wants_group("tuned") else []
+        done = self._stage("references", jobs, shrink=False) if jobs else {}
+        groups: dict[Group, dict[str, str]] = {
+            group: self._by_task({name: digest for name, digest in done.items() if name.startswith(f"{group}:")})
+            for group in ("unseeded", "tuned")
+        }
+        alone = {name: digest for name, digest in done.items() if not name.startswith(("unseeded:", "tuned:"))}
+        return Parts(seed, {group: digests for group, digests in groups.items() if digests}, alone)
+
+    # -- routers --------------------------------------------------------------------------------------------------------
+
+    def routers(self, parts: Parts) -> dict[str, str]:
+        """Digests of the trained routers, by candidate; all others are computed when candidates are combined."""
+        found: dict[str, str] = {}
+        gates: dict[Group, dict[str, str]] = {}
+        for candidate in self.planner.candidates:
+            experts = parts.groups.get(candidate.of, {})
+            if candidate.trains_gates:
+                if candidate.of not in gates:
+                    gates[candidate.of] = self._gates(candidate.of, experts)
+                found[candidate.name] = self.combiner.mixer.of_gates(candidate, experts, gates[candidate.of])
+            elif candidate.trains_router:
+                found[candidate.name] = self._learned(candidate, experts)
+        return found
+
+    def _gates(self, group: Group, experts: Mapping[str, str]) -> dict[str, str]:
+        """Digests of gates by task. A router without a gate for each of its experts is none: nobody may be missing."""
+        return self._by_task(self._stage("gates", self.planner.gates(group, experts), shrink=False, everybody=True))
+
+    def _learned(self, candidate: Candidate, experts: Mapping[str, str]) -> str:
+        parent: str | None = None
+        for index in range(self.planner.router_rounds):
+            jobs = self.planner.routers(candidate, index, parent, experts)
+            done = self._stage(f"router {candidate.name}", jobs, shrink=False)
+            parent = self.combiner.mixer.mean(candidate, index, experts, list(done.values()))
+        assert parent is not None  # there is at least one round
+        return parent
+
+    @staticmethod
+    def _by_task(done: Mapping[str, str]) -> dict[str, str]:
+        return {name.rpartition(":")[2]: digest for name, digest in done.items()}
 
     # -- asking ---------------------------------------------------------------------------------------------------------
 
-    def _stage(self, name: str, jobs: Sequence[Job], *, shrink: bool = True) -> dict[str, str]:
+    def _stage(self, name: str, jobs: Sequence[Job], *, shrink: bool = True, everybody: bool = False) -> dict[str, str]:
         """Have jobs done, except those that the ledger holds; returns digests by job name, in the order of the jobs.
 
         Args:
             shrink: a participant that fails leaves the federation (else only its result is missing).
+            everybody: the quorum is all of them.
         """
         done = {job.name: entry.digest for job in jobs if (entry := self.run.ledger.accepted(job.recipe))}
         missing = [job for job in jobs if job.name not in done]
@@ -149,7 +192,7 @@ class Federation:
         for job in jobs:
             if job.name not in done and shrink:
                 self._leave(job)
-        self._quorum(name, len(done), len(jobs))
+        self._quorum(name, len(done), len(jobs), 1.0 if everybody else None)
         return {job.name: done[job.name] for job in jobs if job.name in done}
 
     def _ask(self, jobs: Sequence[Job], done: dict[str, str]) -> None:
@@ -176,7 +219,7 @@ class Federation:
         self.workforce.perform(assignments, self.run.config.stages.deadline, on_answer)
 
     def _node_for(self, job: Job, roster: Roster) -> int | None:
-        if job.kind == "joint" or job.tasks == (PUBLIC,):
+        if job.kind in ("joint", "molora") or job.tasks[0] in (PUBLIC, PUBLIC_ROUTER):
             return roster.pooled
         return roster.by_task.get(job.tasks[0])
 
@@ -191,8 +234,8 @@ class Federation:
         self.run.ledger.quarantine(node, job.name, reason)
         self.observe.note(f"quarantined {node}, {job.name}: {reason}")
 
-    def _quorum(self, stage: str, got: int, asked: int) -> None:
-        needed = math.ceil(asked * self.run.config.stages.quorum - 1e-9)
+    def _quorum(self, stage: str, got: int, asked: int, share: float | None = None) -> None:
+        needed = math.ceil(asked * (share or self.run.config.stages.quorum) - 1e-9)
         if got < needed:
             reasons = "; ".join(
                 f"{entry.node} ({entry.name}): {entry.reason}"
@@ -230,8 +273,8 @@ class Federation:
         self.run.ledger.append(Entry(event="hello", name=", ".join(roster.names.values()), detail={"tasks": here}))
         if self.planner.needs_pooled_data and roster.pooled is None:
             raise EnvironmentFailure(
-                "no participant holds the data of all tasks, which candidate 'joint' or seed.mode 'public' needs",
-                "Leave 'joint' out of combine.candidates, or simulate.",
+                "no participant holds the data of all tasks, which 'joint', 'molora' and public samples need",
+                "Leave them out of combine.candidates, or simulate.",
             )
         return roster
 

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from seedbed.common.config import FederationConfig
 from seedbed.common.datafiles import read_examples
 from seedbed.common.embedded import TASKS, write_task
+from seedbed.common.embedded.corpus import general_text
 from seedbed.common.errors import ConfigError, DataError, nearest
-from seedbed.server.plan import PUBLIC
+from seedbed.common.files import atomic_write
+from seedbed.server.candidates import groups, resolve
+from seedbed.server.plan import PUBLIC, PUBLIC_ROUTER
 
 _SUFFIXES = (".jsonl", ".parquet", ".csv")
 EMBEDDED_TRAIN, EMBEDDED_TEST = 1000, 200
 """Examples of each embedded task."""
+EMBEDDED_GENERAL = 2000
+"""Texts of the embedded model's own kind that routing tuning may train on."""
+
+
+@dataclass(frozen=True, slots=True)
+class General:
+    """A file of general-purpose text, of which the last part only measures."""
+
+    location: str
+    train: int
+    """Number of texts to train on, the first ones."""
+
+    def test_texts(self) -> list[str]:
+        return [example.completion for example in read_examples(self.location)[self.train :]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +42,7 @@ class Inputs:
     train: dict[str, str]
     test: dict[str, str]
     hashes: dict[str, str]
+    general: General | None = None
 
 
 def find_inputs(config: FederationConfig) -> Inputs | None:
@@ -53,21 +72,20 @@ def find_inputs(config: FederationConfig) -> Inputs | None:
         raise DataError(
             f"there is no data directory {tasks.data}", "Pass --data DIR with NAME.train.jsonl and NAME.test.jsonl."
         )
-    train = {name: _locate(tasks.data, name, "train") for name in tasks.experts}
+    train = {name: _locate(tasks.data, name, "train") for name in tasks.experts} | _public(config)
     test = {name: _locate(tasks.data, name, "test") for name in (*tasks.experts, *tasks.held_out)}
-    if config.seed.mode == "public":
-        train[PUBLIC] = str(_existing(config.seed.data))
     for name, location in test.items():
         if any(len(example.choices) < 2 for example in read_examples(location)):
             raise DataError(
                 f"{location} has examples without choices: task '{name}' cannot be scored",
                 "Give test files the shape prompt/choices/label.",
             )
+    general = _general(config)
     hashes = {}
-    for location in (*train.values(), *test.values()):
+    for location in (*train.values(), *test.values(), *([general.location] if general else [])):
         read_examples(location)
         hashes[location] = hashlib.sha256(Path(location).read_bytes()).hexdigest()
-    return Inputs(train, test, hashes)
+    return Inputs(train, test, hashes, general)
 
 
 def write_embedded(config: FederationConfig, directory: Path) -> Inputs:
@@ -76,10 +94,52 @@ def write_embedded(config: FederationConfig, directory: Path) -> Inputs:
     for name in names:
         if not (directory / f"{name}.test.jsonl").exists():
             write_task(name, directory, EMBEDDED_TRAIN, EMBEDDED_TEST, seed=0)
-    train = {name: str(directory / f"{name}.train.jsonl") for name in config.tasks.experts}
+    train = {name: str(directory / f"{name}.train.jsonl") for name in config.tasks.experts} | _public(config)
+    general = _general(config) or _embedded_general(config, directory)
+    return Inputs(train, {name: str(directory / f"{name}.test.jsonl") for name in names}, {}, general)
+
+
+def _public(config: FederationConfig) -> dict[str, str]:
+    """Samples that one participant trains on for all: of the seed, and of a learned router."""
+    found = {}
     if config.seed.mode == "public":
-        train[PUBLIC] = str(_existing(config.seed.data))
-    return Inputs(train, {name: str(directory / f"{name}.test.jsonl") for name in names}, {})
+        found[PUBLIC] = str(_existing(config.seed.data, "seed.data"))
+    if config.combine.routing.mode == "public":
+        found[PUBLIC_ROUTER] = str(_existing(config.combine.routing.data, "combine.routing.data"))
+    return found
+
+
+def _general(config: FederationConfig) -> General | None:
+    """The general text that is named, or that lies beside the tasks."""
+    tasks = config.tasks
+    beside = tasks.data / "general_text.jsonl" if tasks.data is not None else None
+    if tasks.general is None and (beside is None or not beside.is_file()):
+        if groups(resolve(config)) >= {"tuned"} and config.routing_tuning.needs_general_text and tasks.data is not None:
+            raise DataError(
+                "routing tuning needs general text, and there is none",
+                'Set tasks.general to a file with one {"text": …} a line.',
+            )
+        return None
+    location = tasks.general if tasks.general is not None else beside
+    return _split(str(_existing(location, "tasks.general")), config)
+
+
+def _embedded_general(config: FederationConfig, directory: Path) -> General:
+    path = directory / "general_text.jsonl"
+    if not path.exists():
+        texts = general_text(EMBEDDED_GENERAL + config.tasks.general_test, seed=0)
+        atomic_write(path, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
+    return _split(str(path), config)
+
+
+def _split(location: str, config: FederationConfig) -> General:
+    count, held = len(read_examples(location)), config.tasks.general_test
+    if count <= held:
+        raise DataError(
+            f"{location} has {count} texts, of which tasks.general_test keeps {held} for measuring: none is left to train on",
+            "Lower tasks.general_test, or give more text.",
+        )
+    return General(location, count - held)
 
 
 def _locate(directory: Path, name: str, split: str) -> str:
@@ -92,7 +152,7 @@ def _locate(directory: Path, name: str, split: str) -> str:
     raise DataError(f"there is no {directory / name}.{split}.jsonl (nor .parquet, .csv)", hint)
 
 
-def _existing(path: Path | None) -> Path:
+def _existing(path: Path | None, setting: str) -> Path:
     if path is None or not path.is_file():
-        raise DataError(f"there is no public sample {path}", "Set seed.data to a file of examples.")
+        raise DataError(f"{setting}: there is no file {path}", f"Set {setting} to a file of examples.")
     return path.resolve()

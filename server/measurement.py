@@ -1,25 +1,32 @@
-"""Stage evaluate: every candidate on every task, each score kept as soon as it is there."""
+"""Stage evaluate: every candidate on every task and on general text, each result kept as soon as it is there."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
 from seedbed.common import basemodel
+from seedbed.common.adapter import Adapter
+from seedbed.common.drift import Drift, TextDrift
 from seedbed.common.files import atomic_write
-from seedbed.common.manifest import BaseIdentity, recipe_hash
+from seedbed.common.manifest import BaseIdentity, Record, recipe_hash
+from seedbed.common.routing import Mixture, RoutingDiagnostics
+from seedbed.common.routing.router_file import read_router
 from seedbed.common.scoring import SeedbedLM
-from seedbed.common.storage import read_adapter
+from seedbed.common.storage import AdapterStore, read_adapter, read_manifest
 from seedbed.common.tasks import EvalTask, resolve_tasks, task_from_jsonl
 from seedbed.server.combination import Combination
 from seedbed.server.evaluation.suite import TaskResult, evaluate
+from seedbed.server.inputs import Inputs
 from seedbed.server.ledger import Entry
 from seedbed.server.observer import Observer
 from seedbed.server.rundir import RunDirectory
 
+Value = TypeVar("Value", bound=Record)
 Scores = dict[str, list[TaskResult]]
 
 
@@ -29,16 +36,17 @@ class Measurement:
     Args:
         run: the open run directory.
         base: identity of the base model, which is part of every score's key.
-        tests: test file of every task.
+        inputs: test files of the tasks, and general text.
         observe: who is told of progress.
     """
 
-    def __init__(self, run: RunDirectory, base: BaseIdentity, tests: dict[str, str], observe: Observer) -> None:
+    def __init__(self, run: RunDirectory, base: BaseIdentity, inputs: Inputs, observe: Observer) -> None:
         self.run = run
         self.base = base
-        self.tests = tests
+        self.inputs = inputs
         self.observe = observe
         self._lm: SeedbedLM | None = None
+        self._drift: Drift | None = None
         self._worn: str | None = None
 
     def scores(self, candidates: Sequence[Combination]) -> Scores:
@@ -57,10 +65,35 @@ class Measurement:
             found[candidate.name].append(result)
         return found
 
+    def drifts(self, candidates: Sequence[Combination]) -> dict[str, TextDrift]:
+        """How far each candidate is from the base model on general text; empty where there is none."""
+        if self.inputs.general is None or not self.run.config.evaluation.drift:
+            return {}
+        missing = [candidate for candidate in candidates if self._held_drift(candidate) is None]
+        self.observe.stage("general text", len(missing))
+        for candidate in missing:
+            self._measure_drift(candidate)
+            self.observe.advance(candidate.name)
+        found = {candidate.name: self._held_drift(candidate) for candidate in candidates}
+        return {name: drift for name, drift in found.items() if drift is not None}
+
+    def routing(self, candidates: Sequence[Combination]) -> dict[str, dict[str, RoutingDiagnostics]]:
+        """What the router of each mixture did, task by task, while it was scored."""
+        tasks = self._tasks()
+        found: dict[str, dict[str, RoutingDiagnostics]] = {}
+        for candidate in candidates:
+            for task in self._for(candidate, tasks):
+                held = _read(RoutingDiagnostics, self._path(candidate, task, ".routing"))
+                if held is not None:
+                    found.setdefault(candidate.name, {})[task.name] = held
+        return found
+
     def _tasks(self) -> list[EvalTask]:
         config = self.run.config
         own = [
-            task_from_jsonl(name, Path(self.tests[name]), config.tasks.prompt, held_in=name in config.tasks.experts)
+            task_from_jsonl(
+                name, Path(self.inputs.test[name]), config.tasks.prompt, held_in=name in config.tasks.experts
+            )
             for name in (*config.tasks.experts, *config.tasks.held_out)
         ]
         return own + (resolve_tasks(config.evaluation.extra) if config.evaluation.extra else [])
@@ -81,38 +114,78 @@ class Measurement:
             }
         )
 
-    def _path(self, candidate: Combination, task: EvalTask) -> Path:
-        return self.run.root / "evaluations" / f"{self._key(candidate, task)}.json"
+    def _path(self, candidate: Combination, task: EvalTask, kind: str = "") -> Path:
+        return self.run.root / "evaluations" / f"{self._key(candidate, task)}{kind}.json"
 
     def _held(self, candidate: Combination, task: EvalTask) -> TaskResult | None:
-        path = self._path(candidate, task)
-        if not path.exists():
-            return None
-        try:
-            return TaskResult.model_validate_json(path.read_bytes())
-        except (OSError, ValidationError):
-            return None  # measured again
+        return _read(TaskResult, self._path(candidate, task))
 
     def _measure(self, candidate: Combination, task: EvalTask) -> None:
         started = time.monotonic()
-        (result,) = evaluate(self._wearing(candidate.digest), [task], limit=self.run.config.evaluation.limit)
-        atomic_write(self._path(candidate, task), result.model_dump_json().encode())
+        lm = self._wearing(candidate.digest)
+        routed = lm.routing.mixture is not None
+        lm.routing.record(routed)
+        (result,) = evaluate(lm, [task], limit=self.run.config.evaluation.limit)
+        if routed:
+            _write(self._path(candidate, task, ".routing"), lm.routing.diagnostics())
+            lm.routing.record(False)
+        _write(self._path(candidate, task), result)
+        self._note(f"{candidate.name} on {task.name}", self._key(candidate, task), candidate, started)
+
+    def _drift_path(self, candidate: Combination) -> Path:
+        assert self.inputs.general is not None
+        settings = {"texts": self.run.config.tasks.general_test, "max_tokens": self.run.config.training.max_tokens}
+        key = recipe_hash({"candidate": candidate.digest, "base": self.base.digest, "general": settings})
+        return self.run.root / "evaluations" / f"{key}.drift.json"
+
+    def _held_drift(self, candidate: Combination) -> TextDrift | None:
+        return _read(TextDrift, self._drift_path(candidate))
+
+    def _measure_drift(self, candidate: Combination) -> None:
+        started = time.monotonic()
+        lm = self._wearing(candidate.digest)
+        if self._drift is None:
+            assert self.inputs.general is not None
+            texts = self.inputs.general.test_texts()
+            self._drift = Drift(lm, texts, max_tokens=self.run.config.training.max_tokens)
+        path = self._drift_path(candidate)
+        _write(path, self._drift.measure())
+        self._note(f"{candidate.name} on general text", path.name.partition(".")[0], candidate, started)
+
+    def _note(self, name: str, key: str, candidate: Combination, started: float) -> None:
+        seconds = time.monotonic() - started
         self.run.ledger.append(
-            Entry(
-                event="evaluated",
-                name=f"{candidate.name} on {task.name}",
-                key=self._key(candidate, task),
-                digest=candidate.digest or "",
-                seconds=time.monotonic() - started,
-            )
+            Entry(event="evaluated", name=name, key=key, digest=candidate.digest or "", seconds=seconds)
         )
 
     def _wearing(self, digest: str | None) -> SeedbedLM:
-        """The base model with an adapter swapped in."""
+        """The base model with an adapter, or a mixture, swapped in."""
         if self._lm is None:
             model, tokenizer = basemodel.load(self.run.config.base)
             self._lm = SeedbedLM(model, tokenizer, batch_tokens=self.run.config.evaluation.batch_tokens)
         if digest != self._worn:
-            self._lm.set_adapter(read_adapter(self.run.store.open(digest))[0] if digest else None)
+            self._lm.set_adapter(wearable(self.run.store, digest) if digest else None)
             self._worn = digest
         return self._lm
+
+
+def wearable(store: AdapterStore, digest: str) -> Adapter | Mixture:
+    """An adapter of a store, or the mixture of a router with the experts that are its parents."""
+    directory = store.open(digest)
+    manifest = read_manifest(directory)
+    if manifest.kind != "router":
+        return read_adapter(directory)[0]
+    router, names, _ = read_router(directory)
+    return Mixture(names, tuple(read_adapter(store.open(parent))[0] for parent in manifest.parents), router)
+
+
+def _write(path: Path, value: Record) -> None:
+    atomic_write(path, value.model_dump_json().encode())
+
+
+def _read(kind: type[Value], path: Path) -> Value | None:
+    """What was kept there; None where there is nothing to be believed, which is then measured again."""
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None

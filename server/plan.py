@@ -1,20 +1,26 @@
 """Which jobs a federation needs: pure functions from configuration to jobs, so that a plan can be shown, hashed and tested.
 
 Steps are counted so that comparisons are fair: an unseeded expert trains as many steps as its seeded twin together with
-that twin's share of the seed, and the joint adapter as many as all seeded experts together.
+that twin's share of the seed, and the joint adapter (and `molora`) as many as all seeded experts together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from seedbed.common.config import FederationConfig, TrainingSettings
+from seedbed.common.config import FederationConfig, Group, TrainingSettings
 from seedbed.common.jobs import Job, JobKind
 from seedbed.common.manifest import BaseIdentity
+from seedbed.server.candidates import Candidate, groups, resolve, token_level
 
 PUBLIC = "public"
 """Name that the public sample of `seed.mode: public` has as a task."""
+PUBLIC_ROUTER = "public-router"
+"""Name that the public sample of `combine.routing.mode: public` has as a task."""
+_SEED_ROUNDS, _ROUTER_ROUNDS = 1000, 2000
+"""Streams of random numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,16 +30,19 @@ class Planner:
     config: FederationConfig
     base: BaseIdentity
 
+    @property
+    def candidates(self) -> list[Candidate]:
+        return resolve(self.config)
+
     def seed_round(self, index: int, parent: str | None, tasks: Sequence[str]) -> list[Job]:
         """One federated round: every client trains from `parent`, or from one shared initialization in the first."""
+        changes = {
+            "fraction": self.config.seed.fraction,
+            "data_seed": self._draw(_SEED_ROUNDS + index),
+            "sample_seed": self._draw(_SEED_ROUNDS),
+        }
         return [
-            self._job("seed", f"seed:{task}:round-{index + 1}", (task,), parent, self._seed_training()).model_copy(
-                update={
-                    "fraction": self.config.seed.fraction,
-                    "data_seed": self._draw(1000 + index),
-                    "sample_seed": self._draw(1000),
-                }
-            )
+            self._job("seed", f"seed:{task}:round-{index + 1}", (task,), parent, self._seed_training(), **changes)
             for task in tasks
         ]
 
@@ -45,40 +54,124 @@ class Planner:
         """One expert for each task, from the seed (or, without one, from one shared initialization)."""
         return [self._job("expert", f"expert:{task}", (task,), seed, self.config.training) for task in tasks]
 
+    def tuned(self, seed: str | None, tasks: Sequence[str]) -> list[Job]:
+        """The same experts under the objective of routing tuning."""
+        tuning = self.config.routing_tuning
+        return [
+            self._job("expert", f"tuned:{task}", (task,), seed, self.config.training, tuning=tuning) for task in tasks
+        ]
+
     def unseeded(self, tasks: Sequence[str]) -> list[Job]:
         """Experts that never saw the seed, each from its own initialization, with the seed's steps on top."""
-        training = self._with_steps(self.config.training.steps + self.config.seed.local_steps)
+        training = self._training(self.config.training.steps + self.config.seed.local_steps)
+        streams = {task: 1 + self.config.tasks.experts.index(task) for task in tasks}
         return [
-            self._job("expert", f"unseeded:{task}", (task,), None, training).model_copy(
-                update={"init_seed": self._draw(1 + self.config.tasks.experts.index(task))}
-            )
+            self._job("expert", f"unseeded:{task}", (task,), None, training, init_seed=self._draw(streams[task]))
             for task in tasks
         ]
 
     def joint(self, tasks: Sequence[str]) -> Job:
         """One adapter on the union of all tasks, with as many steps as all clients take together."""
-        steps = len(tasks) * (self.config.training.steps + self.config.seed.local_steps)
-        return self._job("joint", "joint", tuple(tasks), None, self._with_steps(steps))
+        return self._job("joint", "joint", tuple(tasks), None, self._pooled_training(tasks))
 
-    def wants(self, candidate: str) -> bool:
-        return candidate in self.config.combine.candidates
+    def molora(self, tasks: Sequence[str]) -> list[Job]:
+        """As many experts as tasks and their router, trained together from scratch on the union of all tasks."""
+        training = self._pooled_training(tasks)
+        return [
+            self._job(
+                "molora",
+                molora_job(candidate),
+                tuple(tasks),
+                None,
+                training,
+                names=tuple(tasks),
+                router=candidate.routing,
+                load_balance=self.config.combine.routing.load_balance,
+            )
+            for candidate in self.candidates
+            if candidate.routing is not None and candidate.routing.kind == "molora"
+        ]
+
+    def gates(self, group: Group, experts: Mapping[str, str]) -> list[Job]:
+        """A gate for each expert, trained by its own client.
+
+        Args:
+            experts: digests by task.
+        """
+        training = self._training(self.config.combine.routing.gate_steps, self.config.combine.routing.learning_rate)
+        label = "gate" if group == "experts" else f"gate:{group}"
+        return [
+            self._job("gate", f"{label}:{task}", (task,), None, training, experts=(digest,), names=(task,))
+            for task, digest in experts.items()
+        ]
+
+    def routers(self, candidate: Candidate, index: int, parent: str | None, experts: Mapping[str, str]) -> list[Job]:
+        """One round of a learned router: every client trains it on its own data, over all experts.
+
+        Args:
+            parent: digest of the last round's router.
+            experts: digests by task.
+        """
+        settings = self.config.combine.routing
+        training = self._training(settings.steps, settings.learning_rate)
+        changes = {
+            "experts": tuple(experts.values()),
+            "names": tuple(experts),
+            "router": token_level(candidate),
+            "load_balance": settings.load_balance,
+            "data_seed": self._draw(_ROUTER_ROUNDS + index),
+        }
+        tasks = experts if settings.mode == "federated" else (PUBLIC_ROUTER,)
+        return [
+            self._job(
+                "router", f"router:{candidate.name}:{task}:round-{index + 1}", (task,), parent, training, **changes
+            )
+            for task in tasks
+        ]
+
+    @property
+    def router_rounds(self) -> int:
+        settings = self.config.combine.routing
+        return settings.rounds if settings.mode == "federated" else 1
+
+    def wants(self, name: str) -> bool:
+        """Whether a candidate of that name is to be made."""
+        return name in self.config.combine.names
+
+    def wants_group(self, group: Group) -> bool:
+        return group in groups(self.candidates)
 
     @property
     def needs_pooled_data(self) -> bool:
         """Whether some job needs data that no single client has; only a simulation can do it."""
-        return self.wants("joint") or self.config.seed.mode == "public"
+        public_router = self.config.combine.routing.mode == "public" and any(c.trains_router for c in self.candidates)
+        public = public_router or self.config.seed.mode == "public"
+        return public or self.wants("joint") or bool(self.molora([]))
+
+    @property
+    def needs_general_text(self) -> bool:
+        return self.wants_group("tuned") and self.config.routing_tuning.needs_general_text
 
     def _seed_training(self) -> TrainingSettings:
-        seed = self.config.seed
-        rate = seed.learning_rate or self.config.training.learning_rate
-        return self._with_steps(seed.steps).model_copy(update={"learning_rate": rate})
+        return self._training(self.config.seed.steps, self.config.seed.learning_rate)
 
-    def _with_steps(self, steps: int) -> TrainingSettings:
-        return self.config.training.model_copy(update={"steps": steps})
+    def _pooled_training(self, tasks: Sequence[str]) -> TrainingSettings:
+        return self._training(len(tasks) * (self.config.training.steps + self.config.seed.local_steps))
+
+    def _training(self, steps: int, learning_rate: float | None = None) -> TrainingSettings:
+        rate = learning_rate or self.config.training.learning_rate
+        return self.config.training.model_copy(update={"steps": steps, "learning_rate": rate})
 
     def _job(
-        self, kind: JobKind, name: str, tasks: tuple[str, ...], parent: str | None, training: TrainingSettings
+        self,
+        kind: JobKind,
+        name: str,
+        tasks: tuple[str, ...],
+        parent: str | None,
+        training: TrainingSettings,
+        **more: Any,
     ) -> Job:
+        values: dict[str, Any] = {"init_seed": self._draw(0), "data_seed": self._draw(0), **more}
         return Job(
             kind=kind,
             name=name,
@@ -89,10 +182,14 @@ class Planner:
             parent=parent,
             lora=self.config.lora,
             training=training,
-            init_seed=self._draw(0),
-            data_seed=self._draw(0),
+            **values,
         )
 
     def _draw(self, stream: int) -> int:
         """A seed of its own for each use, apart from those of neighbouring `run.random_seed`s."""
         return self.config.run.random_seed * 10_000 + stream
+
+
+def molora_job(candidate: Candidate) -> str:
+    """Name of the job that trains a `molora` candidate."""
+    return candidate.name if candidate.name == "molora" else f"molora:{candidate.name}"

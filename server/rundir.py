@@ -16,13 +16,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 from pathlib import Path
 
 import yaml
 
 from seedbed.common.config import FederationConfig, dump_config, parse_config
 from seedbed.common.errors import ResumeError, StorageError
-from seedbed.common.storage import DirectoryStore, atomic_write
+from seedbed.common.routing.mixture_file import expert_places
+from seedbed.common.routing.router_file import read_router
+from seedbed.common.storage import DirectoryStore, atomic_write, read_manifest
 from seedbed.server.ledger import Entry, Ledger
 
 
@@ -89,11 +92,20 @@ class RunDirectory:
             return
         source = self.store.open(digest)
         aside = target.with_name(f".{target.name}.{os.getpid()}")
-        aside.mkdir(parents=True, exist_ok=True)
-        for file in source.iterdir():
-            (aside / file.name).unlink(missing_ok=True)
-            _link_or_copy(file, aside / file.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        _link_files(source, aside)
+        manifest = read_manifest(source)
+        if manifest.kind == "router":  # whole only with its experts
+            _, names, _ = read_router(source)
+            for place, parent in zip(expert_places(names), manifest.parents, strict=True):
+                _link_files(self.store.open(parent), aside / place)
         os.replace(aside, target)
+
+
+def _link_files(source: Path, target: Path) -> None:
+    target.mkdir(parents=True)
+    for file in source.iterdir():
+        _link_or_copy(file, target / file.name)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

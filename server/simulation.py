@@ -27,7 +27,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from seedbed.common.config import FederationConfig
 from seedbed.common.errors import EnvironmentFailure
-from seedbed.common.jobs import NODES_VARIABLE, DataSource, Node
+from seedbed.common.jobs import GENERAL, NODES_VARIABLE, DataSource, Node
 from seedbed.common.storage import atomic_write
 from seedbed.server.inputs import Inputs
 from seedbed.server.rundir import RunDirectory
@@ -36,11 +36,22 @@ from seedbed.server.workforce import GridWorkforce, Workforce
 _STRAGGLER_SECONDS = 10.0
 
 
-def write_nodes(run: RunDirectory, inputs: Inputs, *, pooled: bool, threads: int) -> int:
-    """One file for each simulated participant, named by its partition; returns how many there are."""
+def write_nodes(run: RunDirectory, inputs: Inputs, *, pooled: bool, general: bool, threads: int) -> int:
+    """One file for each simulated participant, named by its partition; returns how many there are.
+
+    Args:
+        pooled: whether one of them holds the data of all tasks.
+        general: whether they need general-purpose text.
+        threads: CPU threads of a training process.
+    """
     tasks = run.config.tasks
     sources = {name: DataSource(task=name, location=location) for name, location in inputs.train.items()}
-    nodes: list[tuple[str, tuple[DataSource, ...], bool]] = [(name, (sources[name],), False) for name in tasks.experts]
+    texts: tuple[DataSource, ...] = ()
+    if general and inputs.general is not None:
+        texts = (DataSource(task=GENERAL, location=inputs.general.location, limit=inputs.general.train),)
+    nodes: list[tuple[str, tuple[DataSource, ...], bool]] = [
+        (name, (sources[name], *texts), False) for name in tasks.experts
+    ]
     if pooled:  # first, since it has the longest job
         nodes.insert(0, ("all-data", tuple(sources.values()), True))
     directory = run.root / "nodes"

@@ -17,6 +17,7 @@ from seedbed.common.routing.router_file import ROUTER_FILES, read_router, write_
 from seedbed.common.routing.routers import (
     arrow_prototypes,
     arrow_router,
+    average_routers,
     by_sequence,
     gates_of,
     phatgoose_router,
@@ -40,6 +41,7 @@ __all__ = [
     "RoutingDiagnostics",
     "arrow_prototypes",
     "arrow_router",
+    "average_routers",
     "by_sequence",
     "gates_of",
     "load_mixture",

@@ -110,6 +110,31 @@ def _layer(sums: Sequence[float], constant: bool) -> LayerDiagnostics:
     )
 
 
+def pooled(parts: Sequence[LayerDiagnostics], *, constant: bool) -> LayerDiagnostics:
+    """Diagnostics of all tokens of several recordings of one layer (or of several layers) together.
+
+    Args:
+        parts: at least one, over the same experts.
+        constant: see `diagnose`.
+    """
+    tokens = sum(part.tokens for part in parts)
+    weights = [part.tokens / tokens if tokens else 1 / len(parts) for part in parts]
+
+    def mean(values: Sequence[float]) -> float:
+        return math.fsum(weight * value for weight, value in zip(weights, values, strict=True))
+
+    likeliest = [mean(shares) for shares in zip(*(part.likeliest for part in parts), strict=True)]
+    return LayerDiagnostics(
+        tokens=tokens,
+        entropy=mean([part.entropy for part in parts]),
+        relative_entropy=mean([part.relative_entropy for part in parts]),
+        max_probability=mean([part.max_probability for part in parts]),
+        load=tuple(mean(shares) for shares in zip(*(part.load for part in parts), strict=True)),
+        likeliest=tuple(likeliest),
+        collapsed=bool(tokens) and not constant and has_collapsed(likeliest),
+    )
+
+
 def has_collapsed(likeliest: Sequence[float]) -> bool:
     """Whether one expert is the likeliest on more than 90 % of the tokens, or half of them (two at least) never are."""
     unused = sum(share == 0 for share in likeliest)

@@ -53,14 +53,19 @@ def write_mixture(directory: Path, experts: Sequence[Path], router: Path) -> Man
     with new_directory(directory) as aside:
         for name in ROUTER_FILES:
             _copy(router / name, aside / name)
-        for index, (path, name) in enumerate(zip(experts, names, strict=True)):
-            target = aside / EXPERTS / f"{index}-{_plain(name)}"
+        for path, place in zip(experts, expert_places(names), strict=True):
+            target = aside / place
             with storing("write", directory):
                 target.mkdir(parents=True)
             for file in FILES:
                 if (path / file).is_file():
                     _copy(path / file, target / file)
     return manifest
+
+
+def expert_places(names: Sequence[str]) -> list[str]:
+    """Where each expert lies in a mixture directory."""
+    return [f"{EXPERTS}/{index}-{_plain(name)}" for index, name in enumerate(names)]
 
 
 def read_mixture(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from seedbed.common.adapter import Adapter, LoraFactors
+from seedbed.common.algebra import normalized
 from seedbed.common.errors import ConfigError
 from seedbed.common.lowrank import svd_of_sum
 from seedbed.common.routing.mixture import Router, require_module, shapes_of
@@ -103,6 +105,46 @@ def phatgoose_router(
     router = Router(settings, {name: {"gates": rows} for name, rows in stacked.items()})
     router.require_count(len(experts))
     return router
+
+
+def average_routers(pairs: Iterable[tuple[Router, float]]) -> Router:
+    """The weighted mean of learned routers' tensors, as when every participant trains one on its own data (FedAvg).
+
+    Args:
+        pairs: routers and weights, which are divided by their sum; consumed one at a time.
+
+    Raises:
+        ConfigError: if there is none, the routers differ in settings, modules or shapes, or the weights make no sense.
+    """
+    first: Router | None = None
+    sums: dict[str, dict[str, Tensor]] = {}
+    weights: list[float] = []
+    for router, weight in pairs:
+        first = router if first is None else first
+        _require_alike(first, router)
+        weights.append(weight)
+        for name, module in router.tensors.items():
+            own = sums.setdefault(name, {})
+            for key, tensor in module.items():
+                own[key] = own.get(key, 0.0) + weight * tensor.float()
+    normalized(weights, len(weights))
+    total = math.fsum(weights)
+    assert first is not None  # normalized() refuses an empty list
+    return Router(
+        first.settings, {name: {key: t / total for key, t in module.items()} for name, module in sums.items()}
+    )
+
+
+def _require_alike(expected: Router, got: Router) -> None:
+    if expected.settings != got.settings:
+        raise ConfigError(f"routers of other settings cannot be averaged: {expected.settings} and {got.settings}")
+    shapes = [
+        {f"{name}.{key}": list(t.shape) for name, module in router.tensors.items() for key, t in module.items()}
+        for router in (expected, got)
+    ]
+    for name in sorted({*shapes[0], *shapes[1]}):
+        if shapes[0].get(name) != shapes[1].get(name):
+            raise ConfigError(f"router tensor {name}: expected {shapes[0].get(name)}, got {shapes[1].get(name)}")
 
 
 def gates_of(router: Router) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ class RouterSettings(Record):
     one expert, chosen by hand."""
     top_k: int | None = None
     """Only the k likeliest experts of a token take part (and those that tie with the last of them), renormalized; none is
-    all. The default of `phatgoose` is 2, as published."""
+    all, and 2 for `phatgoose`, as published."""
     temperature: float = 1.0
     """Scores are divided by it."""
     weights: tuple[float, ...] | None = None
@@ -59,7 +59,7 @@ class RouterSettings(Record):
                 if kind not in KINDS:
                     raise ConfigError(f"there is no router '{kind}'", nearest(kind, KINDS))
             base = kinds[-1] if kinds else "uniform"
-            if "top_k" not in values and base in _DEFAULT_TOP_K:
+            if values.get("top_k") is None and base in _DEFAULT_TOP_K:
                 return {**values, "top_k": _DEFAULT_TOP_K[base]}
         return values
 

@@ -8,17 +8,23 @@ from typing import Any
 
 import numpy as np
 
+from seedbed.common.drift import TextDrift
 from seedbed.common.manifest import BaseIdentity
+from seedbed.common.routing import RoutingDiagnostics
+from seedbed.common.routing.diagnostics import pooled
+from seedbed.common.routing.settings import CONSTANT
 from seedbed.server.evaluation.results import (
     CandidateResult,
     Cost,
     Effect,
     Estimate,
+    GeneralText,
     Kind,
     LineageNode,
     Means,
     Outcomes,
     Results,
+    RouterUse,
     Scope,
 )
 from seedbed.server.evaluation.statistics import holm, mean_over_tasks, paired_difference, standard_error
@@ -26,6 +32,7 @@ from seedbed.server.evaluation.suite import Score, TaskResult
 
 OWN = "experts:own"
 TYPICAL = "experts:mean"
+ORACLE = "experts:best"
 _NAMES: dict[str, tuple[Kind, str]] = {
     "base": ("base", "base model"),
     "seed": ("seed", "seed alone"),
@@ -36,6 +43,14 @@ _NAMES: dict[str, tuple[Kind, str]] = {
     "joint": ("joint", "joint training"),
     OWN: ("reference", "each task's own expert"),
     TYPICAL: ("reference", "experts alone, mean"),
+    ORACLE: ("reference", "best expert for each task"),
+    "svd": ("merge", "mean cut to one rank"),
+    "uniform": ("mixture", "uniform router"),
+    "learned": ("mixture", "learned router"),
+    "arrow": ("mixture", "arrow router"),
+    "phatgoose": ("mixture", "phatgoose router"),
+    "sequence": ("mixture", "sequence router"),
+    "molora": ("mixture", "MoLoRA"),
 }
 
 
@@ -50,6 +65,10 @@ class Measured:
     rank: int | None = None
     parameters: int | None = None
     parents: tuple[str, ...] = ()
+    drift: TextDrift | None = None
+    routing: Mapping[str, RoutingDiagnostics] = field(default_factory=dict)
+    """Of a mixture, by task."""
+    mixture: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +123,15 @@ def build_results(
 
 def kind_and_label(name: str) -> tuple[Kind, str]:
     """What a candidate is, by its name."""
-    if name.startswith("expert:"):
-        return "expert", f"expert {name.partition(':')[2]}"
+    group, separator, task = name.partition(":")
+    if separator and group in ("expert", "tuned", "unseeded"):
+        return "expert", f"{group} {task}" if group == "expert" else f"{group} expert {task}"
     return _NAMES.get(name, ("merge", name))
 
 
 def contenders(candidates: Mapping[str, CandidateResult]) -> list[str]:
-    """The single models that a federation can publish: its merges; without any, whatever is no reference."""
-    merges = [name for name, candidate in candidates.items() if candidate.kind == "merge"]
+    """The models that a federation can publish: its merges and mixtures; without any, whatever is no reference."""
+    merges = [name for name, candidate in candidates.items() if candidate.kind in ("merge", "mixture")]
     return merges or [name for name, candidate in candidates.items() if candidate.kind not in ("expert", "reference")]
 
 
@@ -136,7 +156,11 @@ def _references(measured: Sequence[Measured]) -> list[Measured]:
             by_task.setdefault(score.task, []).append(score)
     own = [score for task, entry in experts.items() for score in entry.scores if score.task == task]
     typical = [_mean_score(scores) for scores in by_task.values() if len(scores) == len(experts) > 1]
-    return [Measured(name, scores) for name, scores in ((OWN, own), (TYPICAL, typical)) if scores]
+    # Chosen with the answers at hand: an upper reference for everything that chooses one expert.
+    best_of = [
+        max(scores, key=lambda score: score.value) for scores in by_task.values() if len(scores) == len(experts) > 1
+    ]
+    return [Measured(name, scores) for name, scores in ((OWN, own), (TYPICAL, typical), (ORACLE, best_of)) if scores]
 
 
 def _mean_score(scores: Sequence[TaskResult]) -> TaskResult:
@@ -154,6 +178,8 @@ def _mean_score(scores: Sequence[TaskResult]) -> TaskResult:
 
 def _candidate(entry: Measured, tasks: Mapping[str, bool]) -> CandidateResult:
     kind, label = kind_and_label(entry.name)
+    if entry.mixture:
+        kind = "mixture"
     scores = {score.task: Score(**score.model_dump(exclude={"outcomes"})) for score in entry.scores}
     means = Means(
         held_in=_mean(scores, [task for task, held_in in tasks.items() if held_in]),
@@ -164,12 +190,43 @@ def _candidate(entry: Measured, tasks: Mapping[str, bool]) -> CandidateResult:
         label=label,
         kind=kind,
         own_task=entry.name.partition(":")[2] if kind == "expert" else None,
+        general=_general(entry.drift) if entry.drift is not None else None,
+        routing=_router_use(entry.routing) if entry.routing else None,
         digest=entry.digest,
         rank=entry.rank,
         parameters=entry.parameters,
         parents=entry.parents,
         tasks=scores,
         mean=means,
+    )
+
+
+def _general(drift: TextDrift) -> GeneralText:
+    return GeneralText(
+        kl=drift.kl,
+        kl_stderr=standard_error(drift.kls),
+        perplexity=drift.perplexity,
+        update_norm=drift.update_norm,
+        texts=len(drift.tokens),
+        tokens=sum(drift.tokens),
+    )
+
+
+def _router_use(by_task: Mapping[str, RoutingDiagnostics]) -> RouterUse:
+    first = next(iter(by_task.values()))
+    constant = first.kind in CONSTANT
+    layers = {
+        name: pooled([diagnostics.layers[name] for diagnostics in by_task.values()], constant=constant)
+        for name in first.layers
+    }
+    overall = pooled(list(layers.values()), constant=constant)
+    collapsed = 2 * sum(layer.collapsed for layer in layers.values()) > len(layers)
+    return RouterUse(
+        kind=first.kind,
+        names=first.names,
+        overall=overall.model_copy(update={"collapsed": collapsed}),
+        tasks={task: diagnostics.overall for task, diagnostics in by_task.items()},
+        layers=layers,
     )
 
 

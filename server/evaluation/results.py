@@ -7,7 +7,9 @@
     base          name and digest of the base model
     candidates    name -> what it is (kind, label, digest, rank, parameters, parents),
                   tasks: task -> metric, value, n, stderr, held_in, chance, acc_norm,
-                  mean: held_in, held_out, all -> value, stderr, tasks (none where a task is missing)
+                  mean: held_in, held_out, all -> value, stderr, tasks (none where a task is missing),
+                  general: kl, kl_stderr, perplexity, update_norm, texts, tokens on general text,
+                  routing: what a mixture's router did, overall, by task and by layer
     effects       differences of mean accuracy: candidate, reference, scope, difference, low, high, p, p_holm, n, tasks
     diagnostics   name -> number, such as factor_gap_seeded
     lineage       adapters with digest, name, kind and the digests of their parents
@@ -31,12 +33,13 @@ from pydantic import ConfigDict, Field, ValidationError
 from seedbed.common.errors import DataError
 from seedbed.common.files import atomic_write
 from seedbed.common.manifest import BaseIdentity, Record
+from seedbed.common.routing.diagnostics import LayerDiagnostics
 from seedbed.server.evaluation.suite import Score
 
 RESULTS = "results.json"
 OUTCOMES = "outcomes.json"
 Scope = Literal["held_in", "held_out", "all"]
-Kind = Literal["base", "seed", "expert", "merge", "joint", "reference"]
+Kind = Literal["base", "seed", "expert", "merge", "mixture", "joint", "reference"]
 Outcomes = Mapping[str, Mapping[str, tuple[float, ...]]]
 """Candidate -> task -> the metric of each example."""
 
@@ -55,13 +58,41 @@ class Means(Record):
     all: Estimate | None = None
 
 
+class GeneralText(Record):
+    """What a candidate does on text that has nothing to do with the tasks."""
+
+    kl: float
+    """Mean divergence ``KL(p_base ‖ p_candidate)`` of a token, in nats: how far it is from the base model."""
+    kl_stderr: float
+    """Over texts."""
+    perplexity: float
+    update_norm: float | None = None
+    """``‖s B A x‖₂``, mean over tokens and modules; none for mixtures and for the base."""
+    texts: int
+    tokens: int
+
+
+class RouterUse(Record):
+    """What the router of a mixture did while the tasks were scored."""
+
+    kind: str
+    names: tuple[str, ...]
+    """Of the experts, in the order of each `load`."""
+    overall: LayerDiagnostics
+    tasks: dict[str, LayerDiagnostics]
+    """Over all layers, by task."""
+    layers: dict[str, LayerDiagnostics]
+    """Over all tasks, by layer."""
+
+
 class CandidateResult(Record):
     """What one candidate is and how it does."""
 
     label: str
     """What people call it."""
     kind: Kind
-    """`merge` is made by combining; `reference` is computed from the experts' scores and is no model."""
+    """`merge` is one adapter made of several, `mixture` several under a router; `reference` is computed from the experts'
+    scores and is no model."""
     own_task: str | None = None
     """Of an expert."""
     digest: str | None = None
@@ -71,6 +102,9 @@ class CandidateResult(Record):
     tasks: dict[str, Score]
     mean: Means
     """None for a scope of which the candidate lacks a task that others have."""
+    general: GeneralText | None = None
+    routing: RouterUse | None = None
+    """Of a mixture."""
 
 
 class Effect(Record):

@@ -61,7 +61,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 @pytest.fixture(scope="module")
 def reference(spec: Make) -> Adapter:
-    return train(spec(Path("unused"), engine="torch"), lambda _: None).adapter
+    return train(spec(Path("unused"), engine="torch"), lambda _: None).value
 
 
 def distance(one: Adapter, other: Adapter) -> float:

@@ -211,17 +211,17 @@ def test_training_makes_the_loss_smaller_and_says_how_it_goes(data: tuple[DataSo
 def test_the_same_spec_gives_the_same_bits_and_another_seed_others(data: tuple[DataSource, ...]) -> None:
     lora = LoraSettings(rank=4, dropout=0.1)
     first = run(data, lora=lora)
-    assert distance(first.adapter, run(data, lora=lora).adapter) == 0
+    assert distance(first.value, run(data, lora=lora).value) == 0
     assert first.metrics == run(data, lora=lora).metrics
-    assert distance(first.adapter, run(data, lora=lora, data_seed=1).adapter) > 1e-4
-    assert distance(first.adapter, run(data, lora=lora, init_seed=1).adapter) > 1e-2
+    assert distance(first.value, run(data, lora=lora, data_seed=1).value) > 1e-4
+    assert distance(first.value, run(data, lora=lora, init_seed=1).value) > 1e-2
 
 
 @pytest.mark.parametrize("accumulation", [2, 8])
 def test_a_step_in_several_passes_is_the_same_step(uneven: tuple[DataSource, ...], accumulation: int) -> None:
     whole, cut = run(uneven), run(uneven, training={"accumulation": accumulation})
     assert cut.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
-    assert distance(whole.adapter, cut.adapter) < 1e-4
+    assert distance(whole.value, cut.value) < 1e-4
 
 
 def test_packing_gives_the_same_factors_as_padding(
@@ -229,15 +229,15 @@ def test_packing_gives_the_same_factors_as_padding(
 ) -> None:
     packed = run(data)
     monkeypatch.setattr(loop, "pack", lambda examples, pad, _max_tokens: collate(examples, pad))
-    assert distance(packed.adapter, run(data).adapter) < 1e-4
+    assert distance(packed.value, run(data).value) < 1e-4
 
 
 def test_training_goes_on_from_an_adapter(data: tuple[DataSource, ...], tmp_path: Path) -> None:
     seed = run(data)
     identity = BaseIdentity(name="embedded", digest="0" * 64)
-    write_adapter(tmp_path / "seed", seed.adapter, kind="seed", base=identity)
+    write_adapter(tmp_path / "seed", seed.value, kind="seed", base=identity)
     slow = {"learning_rate": 1e-9}
-    assert distance(run(data, start=tmp_path / "seed", training=slow).adapter, seed.adapter) < 1e-6
+    assert distance(run(data, start=tmp_path / "seed", training=slow).value, seed.value) < 1e-6
     fresh = run(data, init_seed=5, start=tmp_path / "seed")
     assert fresh.metrics["first_loss"] < seed.metrics["first_loss"]
 

@@ -1,0 +1,93 @@
+"""What a training job leaves on disk, by what it trained.
+
+A LoRA leaves a PEFT directory, a router or gate a router directory. Experts that were trained together with their router
+leave a directory of directories: the experts, and last the router, whose parents they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from seedbed.client.training import Trained, TrainSpec
+from seedbed.common import basemodel
+from seedbed.common.adapter import Adapter
+from seedbed.common.manifest import Kind, Manifest, recipe_hash
+from seedbed.common.routing import Mixture, Router
+from seedbed.common.routing.router_file import write_router
+from seedbed.common.storage import AdapterStore, read_manifest, write_adapter
+
+_KINDS: Mapping[str, Kind] = {
+    "seed": "seed",
+    "expert": "expert",
+    "joint": "joint",
+    "gate": "gate",
+    "router": "router",
+    "molora": "router",
+}
+"""Of a manifest, by the kind of the job."""
+_ROUTER = "router"
+
+
+def write_result(spec: TrainSpec, trained: Trained) -> str:
+    """Write the result of a job into `spec.output`.
+
+    Returns:
+        the digest of what was trained (of the router, where experts were trained with it).
+
+    Raises:
+        StorageError: if the output is already there or the file system refuses.
+    """
+    value = trained.value
+    if isinstance(value, Mixture):
+        spec.output.mkdir(parents=True)
+        experts = tuple(
+            _write_expert(spec, index, name, adapter)
+            for index, (name, adapter) in enumerate(zip(value.names, value.experts, strict=True))
+        )
+        return _write(spec, spec.output / _ROUTER, value.router, experts, trained.metrics)
+    return _write(spec, spec.output, value, spec.parents, trained.metrics)
+
+
+def manifest_of(output: Path) -> Manifest:
+    """The manifest of what was trained, after `write_result`."""
+    router = output / _ROUTER
+    return read_manifest(router if router.is_dir() else output)
+
+
+def put_result(output: Path, store: AdapterStore) -> str:
+    """Put what `write_result` wrote into a store; returns the digest of what was trained."""
+    if not (output / _ROUTER).is_dir():
+        return store.put(output)
+    for directory in sorted(output.iterdir()):
+        if directory.name != _ROUTER:
+            store.put(directory)
+    return store.put(output / _ROUTER)
+
+
+def _write_expert(spec: TrainSpec, index: int, name: str, adapter: Adapter) -> str:
+    recipe = recipe_hash({"of": spec.recipe, "expert": index}) if spec.recipe else ""
+    manifest = write_adapter(
+        spec.output / f"expert-{index:03}",
+        adapter,
+        kind="expert",
+        task=name,
+        recipe=recipe,
+        **_common(spec),
+    )
+    return manifest.digest
+
+
+def _write(
+    spec: TrainSpec, directory: Path, value: Adapter | Router, parents: tuple[str, ...], metrics: Mapping[str, float]
+) -> str:
+    common = {**_common(spec), "kind": _KINDS[spec.kind], "parents": parents, "recipe": spec.recipe}
+    if isinstance(value, Router):
+        return write_router(directory, value, names=spec.names, metrics=metrics, **common).digest
+    return write_adapter(directory, value, task=spec.task, metrics=metrics, **common).digest
+
+
+def _common(spec: TrainSpec) -> dict[str, Any]:
+    base = spec.identity or basemodel.identify(basemodel.resolve(spec.base), spec.base.model)
+    return {"base": base, "settings": spec.settings}

@@ -1,0 +1,120 @@
+"""What a job trains: the model with its few trainable parameters, and how the result is read out of it.
+
+The engines (`client.engine`) and the objective (`client.objective`) know only `Trainee`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from seedbed.client.lora import extract, layers
+from seedbed.common.adapter import Adapter
+from seedbed.common.routing import Mixture, RoutedModel, Router
+
+
+class Trainee(ABC):
+    """A model of which some parameters are trained.
+
+    Attributes:
+        model: what is called with token ids and gives logits.
+        head: its output projection.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model: Any = model
+        self.head: nn.Module | None = model.get_output_embeddings()
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that are trained."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @abstractmethod
+    def result(self) -> Any:
+        """What has been trained, in float32 on the CPU; every trained parameter must be whole."""
+
+    def auxiliary(self) -> Tensor:
+        """An auxiliary loss of the last forward pass, such as the load balance of a router.
+
+        Raises:
+            NotImplementedError: if this kind has none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no auxiliary loss")
+
+    def silenced(self) -> AbstractContextManager[Any]:
+        """Within the body the model computes what the bare base model does.
+
+        Raises:
+            NotImplementedError: if this kind cannot be silenced.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot be silenced")
+
+    def update_norms(self, wanted: Bool[Tensor, "rows tokens"]) -> AbstractContextManager[list[Tensor]]:
+        """Within the body, ``‖s B A x‖₂`` of the wanted tokens is kept, one tensor for each adapted module.
+
+        Raises:
+            NotImplementedError: if this kind has no such update.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no update of its own")
+
+
+class LoraTrainee(Trainee):
+    """A LoRA on a frozen base model; the result is an `Adapter`."""
+
+    def result(self) -> Adapter:
+        return extract(self.model)
+
+    def silenced(self) -> AbstractContextManager[Any]:
+        disabled: AbstractContextManager[Any] = self.model.disable_adapter()
+        return disabled
+
+    @contextmanager
+    def update_norms(self, wanted: Tensor) -> Iterator[list[Tensor]]:
+        found: list[Tensor] = []
+        handles = []
+        for _, layer in layers(self.model):
+            for name, projection in layer.lora_B.items():
+                handles.append(projection.register_forward_hook(_keeper(found, wanted, float(layer.scaling[name]))))
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class RoutedTrainee(Trainee):
+    """A router, a gate, or experts with their router, over a frozen base model.
+
+    Args:
+        model: see `RoutedModel`.
+        names: of the experts.
+        whole: the result is the `Mixture` of experts and router, which were trained together; else the `Router`.
+        balanced: keep what the auxiliary loss needs.
+    """
+
+    def __init__(self, model: RoutedModel, names: tuple[str, ...], *, whole: bool, balanced: bool) -> None:
+        super().__init__(model)
+        self._names, self._whole = names, whole
+        model.collect_balance(balanced)
+
+    def result(self) -> Router | Mixture:
+        router = self.model.router()
+        return Mixture(self._names, tuple(self.model.experts()), router) if self._whole else router
+
+    def auxiliary(self) -> Tensor:
+        balance: Tensor = self.model.load_balance()
+        return balance
+
+
+def _keeper(found: list[Tensor], wanted: Tensor, scaling: float) -> Any:
+    def keep(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        found.append(abs(scaling) * torch.linalg.vector_norm(output[wanted].float(), dim=-1))
+
+    return keep
