@@ -76,9 +76,9 @@ class AdapterFile:
         return self.claimed or self._found
 
     @property
-    def base(self) -> BaseIdentity:
-        """The base model that the adapter says it belongs to."""
-        return (self.claimed or self._found).base
+    def unverified(self) -> Manifest:
+        """What is known before all tensors are read: base model, rank, lineage; the tensors' hash is only claimed."""
+        return self.claimed or self._found
 
     @property
     def names(self) -> KeysView[str]:

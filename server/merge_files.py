@@ -1,28 +1,35 @@
-"""`seedbed merge`: PEFT directories in, one PEFT directory out.
-
-Modules are merged one at a time from memory maps, so what is in memory is the result and one module of the inputs.
-"""
+"""`seedbed merge`: PEFT directories in, one PEFT directory out, one module at a time."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from seedbed.common.adapter import Adapter, LoraFactors
-from seedbed.common.errors import AdapterMismatchError, ConfigError, StorageError
-from seedbed.common.manifest import BaseIdentity, Kind, Manifest, recipe_hash
-from seedbed.common.storage import AdapterFile, require_base, write_adapter
-from seedbed.server.merging import Method, Options, method_named
+import torch
+
+from seedbed.common.adapter import LoraFactors
+from seedbed.common.adapter_writer import AdapterWriter, new_adapter
+from seedbed.common.errors import StorageError
+from seedbed.common.manifest import Kind, Manifest, recipe_hash
+from seedbed.server.merge_layout import Blocks, blocks_of, encode_ranks
+from seedbed.server.merge_plan import MergePlan, plan_merge
+
+Progress = Callable[[str, int], None]
+"""Told the name of each module that is done, and how many there are."""
 
 
 def merge_directories(
     inputs: Sequence[Path],
     method: str,
     out: Path,
+    *,
     rank: int | None = None,
     weights: Sequence[float] | None = None,
-    *,
+    options: Mapping[str, Any] | None = None,
+    seed: Path | None = None,
+    dtype: str | None = None,
     kind: Kind = "merge",
 ) -> Manifest:
     """Merge adapters of one base model.
@@ -31,94 +38,78 @@ def merge_directories(
         inputs: PEFT directories, by Seedbed or by other programs.
         method: a name in the table of methods.
         out: the directory to make.
-        rank: rank of the result, for a method that takes one; modules whose inputs have less together get that.
+        rank: short for the option `rank`, of methods that have it.
         weights: one for each input, not negative; divided by their sum. None weighs all the same.
+        options: of the method, by name.
+        seed: the adapter that all inputs started from, where options refer to it.
+        dtype: `float32`, `bfloat16` or `float16`; None or `auto` is that of the inputs.
         kind: what the result is called in its manifest.
 
     Returns:
-        The manifest of the result; its parents are the digests of the inputs.
+        The manifest of the result; its parents are the digests of the inputs, and of the seed last where it was used.
 
     Raises:
-        ConfigError: if method, rank or weights make no sense.
+        ConfigError: if method, rank, options, weights or dtype make no sense.
         AdapterError: if an input is malformed or does not fit the others.
         StorageError: if `out` is already there or the file system refuses.
     """
-    row = method_named(method)
-    if os.path.lexists(out):
-        raise StorageError(f"{out} is already there", "Choose another output, or remove it first.")
-    shares = row.shares(weights, len(inputs))
-    files = [AdapterFile(path) for path in inputs]
-    base = _common_base(files)
-    _require_same_shapes(files)
-    options = _options(row, rank, files)
-    digests = tuple(file.manifest.digest for file in files)
-    settings = {"method": row.name, "weights": shares, "options": options.model_dump(mode="json")}
-    return write_adapter(
-        out,
-        _merge(row, files, shares, options),
+    require_absent(out)
+    plan = plan_merge(inputs, method, rank=rank, weights=weights, options=options, seed=seed, dtype=dtype)
+    return write_merged(plan, out, kind=kind)
+
+
+def write_merged(plan: MergePlan, out: Path, *, kind: Kind = "merge", progress: Progress | None = None) -> Manifest:
+    """Carry a plan out; the result appears when every hash has been verified."""
+    names, blocks = plan.names, _blocks(plan)
+    with new_adapter(out, names, _expected(plan, blocks)) as new:
+        for name, merged in plan.modules(names):
+            new.add(name, merged)
+            if blocks and merged.rank != sum(blocks[name]):
+                blocks = None  # not laid out as the manifest would say
+            if progress is not None:
+                progress(name, len(names))
+        parents = plan.digests()
+        settings = plan.settings() | ({"ranks": encode_ranks(blocks)} if blocks else {})
+        return finish_merge(new, plan, parents, settings, kind)
+
+
+def finish_merge(
+    new: AdapterWriter, plan: MergePlan, parents: tuple[str, ...], settings: Mapping[str, Any], kind: Kind
+) -> Manifest:
+    """Write the manifest of a merge, whose recipe is its settings and parents."""
+    return new.finish(
         kind=kind,
-        base=base,
-        parents=digests,
-        recipe=recipe_hash({"merge": settings, "parents": list(digests)}),
+        base=plan.base,
+        parents=parents,
+        recipe=recipe_hash({"merge": settings, "parents": list(parents)}),
         settings=settings,
-        base_model_name_or_path=_base_path(files, base),
+        base_model_name_or_path=plan.base_path(),
     )
 
 
-def _merge(row: Method, files: Sequence[AdapterFile], shares: Sequence[float], options: Options) -> Adapter:
-    merged: dict[str, LoraFactors] = {}
-    for name in _names(files):
-        updates = [file.factors(name) if name in file.names else None for file in files]
-        merged[name] = row.merge_module(name, updates, shares, options)
-    return Adapter(merged)
+def require_absent(out: Path) -> None:
+    """Refuse an output that is there, before anything is computed.
+
+    Raises:
+        StorageError: naming it.
+    """
+    if os.path.lexists(out):
+        raise StorageError(f"{out} is already there", "Choose another output, or remove it first.")
 
 
-def _common_base(files: Sequence[AdapterFile]) -> BaseIdentity:
-    """The base model of all, as the input says it that knows it best."""
-    best = max((file.manifest.base for file in files), key=lambda base: (bool(base.digest), bool(base.name)))
-    for file in files:
-        require_base(file.manifest, best, str(file.directory))
-    return best
+def _blocks(plan: MergePlan) -> Blocks | None:
+    """Where each expert lies in the result, if that is an exact average without a seed's part."""
+    return blocks_of(plan.files, plan.weights) if plan.method.name == "average" and plan.seed is None else None
 
 
-def _base_path(files: Sequence[AdapterFile], base: BaseIdentity) -> str:
-    """What PEFT shall load as the base: as it stands in the first input that says it."""
-    stated = (str(file.config.get("base_model_name_or_path") or "") for file in files)
-    return next((path for path in stated if path), base.name)
+def _expected(plan: MergePlan, blocks: Blocks | None) -> Mapping[str, LoraFactors] | None:
+    """Shapes of the result, where they are known before it is."""
+    return {name: shape_only(plan, name, sum(ranks)) for name, ranks in blocks.items()} if blocks else None
 
 
-def _require_same_shapes(files: Sequence[AdapterFile]) -> None:
-    for name in _names(files):
-        first, *others = [file for file in files if name in file.names]
-        for file in others:
-            if file.shape(name) != first.shape(name):
-                raise AdapterMismatchError(
-                    f"module {name}: expected shape {list(first.shape(name))} as in {first.directory}, "
-                    f"got {list(file.shape(name))} in {file.directory}",
-                    "Merge adapters of one base model.",
-                )
-
-
-def _options(row: Method, rank: int | None, files: Sequence[AdapterFile]) -> Options:
-    if rank is None:
-        return row.parse({})
-    if not row.takes_rank:
-        raise ConfigError(
-            f"method '{row.name}' does not take a rank: it gives rank {row.rank}", "Use the method 'svd'."
-        )
-    most = max(_largest_rank(name, files) for name in _names(files))
-    if not 1 <= rank <= most:
-        raise ConfigError(
-            f"expected a rank from 1 to {most}, which is what the inputs have together, got {rank}",
-            "Use 'average' to keep everything.",
-        )
-    return row.parse({"rank": rank})
-
-
-def _largest_rank(name: str, files: Sequence[AdapterFile]) -> int:
-    holders = [file for file in files if name in file.names]
-    return min(sum(file.rank(name) for file in holders), *holders[0].shape(name))
-
-
-def _names(files: Sequence[AdapterFile]) -> list[str]:
-    return sorted({name for file in files for name in file.names})
+def shape_only(plan: MergePlan, name: str, rank: int) -> LoraFactors:
+    """Factors without numbers, of a module's shape and the result's dtype."""
+    rows, columns = plan.holders(name)[0].shape(name)
+    dtype = plan.dtype_of(name)
+    A = torch.empty(rank, columns, dtype=dtype, device="meta")
+    return LoraFactors(A, torch.empty(rows, rank, dtype=dtype, device="meta"), 1.0)
