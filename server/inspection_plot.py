@@ -55,7 +55,7 @@ def _figure(found: Inspection) -> Any:
     from matplotlib.figure import Figure
 
     count = len(found.adapters)
-    side = max(3.6, 1.8 + 0.42 * count)
+    side = min(6.0, max(3.6, 1.8 + 0.3 * count))
     rows = 1 if found.pairs is None else 2
     figure = Figure(figsize=(10, 3.8 + (side if rows == 2 else 0)), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False, height_ratios=[3.8, side][:rows])
@@ -64,8 +64,8 @@ def _figure(found: Inspection) -> Any:
     _norms(axes[0][1], found.adapters, colors)
     if found.pairs is not None:
         labels = [adapter.label for adapter in found.adapters]
-        _heat(axes[1][0], labels, found.pairs.cosine, "cosine similarity", "RdBu_r", -1, 1)
-        _heat(axes[1][1], labels, found.pairs.conflict, "sign conflict (share of entries)", "PuOr_r", 0, 1)
+        _heat(axes[1][0], labels, found.pairs.cosine, "Cosine similarity", "RdBu_r", -1, 1)
+        _heat(axes[1][1], labels, found.pairs.conflict, "Sign conflict (share of entries)", "PuOr_r", 0, 1)
     return figure
 
 
@@ -95,7 +95,10 @@ def _spectra(axes: Any, adapters: Sequence[AdapterFacts], colors: Sequence[Any])
         axes.plot(usable + 1, middle, color=color, label=label, marker="o" if longest <= 16 else None, markersize=3)
         axes.fill_between(usable + 1, low, high, color=color, alpha=0.12, linewidth=0)
     axes.set(yscale="log", xlabel="index", ylabel="singular value", title="Spectra: median and middle 80 % of modules")
+    for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        axis(_plain_number)
     axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlim(left=0.5)
     axes.grid(alpha=0.25)
     _legend(axes)
 
@@ -111,7 +114,7 @@ def _norms(axes: Any, adapters: Sequence[AdapterFacts], colors: Sequence[Any]) -
         layers = sorted(squares)
         axes.plot(layers, [math.sqrt(squares[layer]) for layer in layers], "o-", color=color, label=adapter.label, ms=3)
     axes.set(xlabel="layer", ylabel="norm of the update", title="Size by layer (Frobenius norm)")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * axes.get_ylim()[1])
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25)
     if len(adapters) > 1:
@@ -121,16 +124,23 @@ def _norms(axes: Any, adapters: Sequence[AdapterFacts], colors: Sequence[Any]) -
 def _heat(axes: Any, labels: Sequence[str], values: Matrix, title: str, cmap: str, low: float, high: float) -> None:
     image = axes.imshow(values, cmap=cmap, vmin=low, vmax=high)
     axes.set_title(title)
-    axes.set_xticks(range(len(labels)), [_brief(label) for label in labels], rotation=40, ha="right")
-    axes.set_yticks(range(len(labels)), [_brief(label) for label in labels])
+    size = 9 if len(labels) <= 16 else max(3, 150 / len(labels))
+    axes.set_xticks(range(len(labels)), [_brief(label) for label in labels], rotation=40, ha="right", fontsize=size)
+    axes.set_yticks(range(len(labels)), [_brief(label) for label in labels], fontsize=size)
     axes.spines[:].set_visible(False)
-    axes.figure.colorbar(image, ax=axes, shrink=0.8)
+    axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.04)
     if len(labels) <= 10:
         for row, line in enumerate(values):
             for column, value in enumerate(line):
                 shade = abs(value - (low + high) / 2) / ((high - low) / 2)
                 color = "white" if shade > 0.6 else "black"
                 axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
+
+
+def _plain_number(value: float, _position: int) -> str:
+    """Ticks of a logarithmic axis at 1, 2 and 5 times a power of ten, as numbers that one can read."""
+    mantissa = value / 10 ** math.floor(math.log10(value)) if value > 0 else 0.0
+    return f"{value:.6g}" if any(math.isclose(mantissa, shown) for shown in (1, 2, 5)) else ""
 
 
 def _legend(axes: Any) -> None:

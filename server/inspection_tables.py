@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -23,9 +25,10 @@ def tables(found: Inspection, *, by_module: bool = False) -> Group:
     Args:
         by_module: a row for every module rather than for every kind of module.
     """
-    parts: list[RenderableType] = [_adapters(found.adapters), *_origins(found.adapters), ""]
+    parts: list[RenderableType] = [_title("Adapters"), _adapters(found.adapters), *_origins(found.adapters), ""]
+    parts.append(_title("Updates " + ("by module" if by_module else "by kind of module, means over the n modules")))
     parts.append(_modules(found.adapters, by_module))
-    parts.append(Text("σ: singular values, mean over the modules; effective and stable rank: see --help", "dim"))
+    parts.append(Text("σ1 to σ3: largest singular values; effective and stable rank: see --help", "dim"))
     if found.pairs is not None:
         parts += ["", *_pairs([adapter.label for adapter in found.adapters], found.pairs)]
     return Group(*parts)
@@ -72,7 +75,7 @@ def _adapter_json(adapter: AdapterFacts) -> dict[str, Any]:
 
 
 def _adapters(adapters: Sequence[AdapterFacts]) -> Table:
-    table = Table(title="Adapters", title_justify="left")
+    table = _table()
     for column in ("", "kind", "task"):
         table.add_column(column, overflow="fold")
     for column in ("rank", "alpha", "modules", "parameters", "dtype", "norm"):
@@ -112,24 +115,36 @@ def _lineage(adapter: AdapterFacts) -> str:
 
 def _modules(adapters: Sequence[AdapterFacts], by_module: bool) -> Table:
     """A section for each kind of module (or each module), with a row for each adapter that has it."""
-    table = Table(title="Updates " + ("by module" if by_module else "by kind of module"), title_justify="left")
+    table = _table()
     table.add_column("module", overflow="fold")
     if not by_module:
         table.add_column("n", justify="right")
     table.add_column("adapter", overflow="fold")
-    for column in ("rank", "norm", "σ1", "σ2", "σ3", "effective", "stable"):
+    for column in ("rank", "norm", "σ1", "σ2", "σ3", "eff.", "stable"):
         table.add_column(column, justify="right")
-    for group in _groups(adapters, by_module):
+    groups = _groups(adapters, by_module)
+    for group, shown in zip(groups, _shortened(groups, by_module), strict=True):
         rows = [
             (adapter, [m for name, m in adapter.modules.items() if _group(name, by_module) == group])
             for adapter in adapters
         ]
-        held = [(adapter, modules) for adapter, modules in rows if modules]
-        for index, (adapter, modules) in enumerate(held):
+        held = [(adapter.label, modules) for adapter, modules in rows if modules]
+        if len(held) > _WIDEST:
+            held = [(f"mean of {len(held)}", [module for _, modules in held for module in modules])]
+        for index, (label, modules) in enumerate(held):
             count = [] if by_module else [str(len(modules))]
-            table.add_row(Text("" if index else group), *count, Text(adapter.label), *_numbers(modules))
-        table.add_section()
+            table.add_row(Text("" if index else shown), *count, Text(label), *_numbers(modules))
     return table
+
+
+def _shortened(groups: Sequence[str], by_module: bool) -> list[str]:
+    """Without what all names begin with; a kind of module by its last part, if that says which."""
+    if by_module:
+        parts = [group.split(".") for group in groups]
+        common = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False)))
+        return [".".join(part[min(common, len(part) - 1) :]) for part in parts]
+    last = [group.rpartition(".")[2] for group in groups]
+    return last if len(set(last)) == len(last) else list(groups)
 
 
 def _numbers(modules: Sequence[ModuleFacts]) -> list[str]:
@@ -178,13 +193,22 @@ def _pairs(labels: Sequence[str], pairs: Pairs) -> Iterator[RenderableType]:
 def _matrix(title: str, labels: Sequence[str], values: Matrix, form: str) -> RenderableType:
     if len(labels) > _WIDEST:
         return _extremes(title, labels, values, form)
-    table = Table(title=title, title_justify="left")
+    table = _table()
     table.add_column("", overflow="fold")
     for label in labels:
         table.add_column(Text(label, overflow="fold"), justify="right", overflow="fold")
     for index, (label, row) in enumerate(zip(labels, values, strict=True)):
         table.add_row(Text(label), *("·" if index == other else form.format(v) for other, v in enumerate(row)))
-    return table
+    return Group(_title(title), table)
+
+
+def _table() -> Table:
+    """Narrow enough for 80 columns: no vertical lines."""
+    return Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
+
+
+def _title(text: str) -> Text:
+    return Text(text, "bold")
 
 
 def _extremes(title: str, labels: Sequence[str], values: Matrix, form: str) -> Text:
