@@ -126,8 +126,27 @@ def test_generation_writes_what_whole_passes_would(slot: MixtureSlot, model: Any
     assert written[1, len(LONG) :].tolist() == greedy(model, SHORT, 6)
 
 
-def test_beams_take_their_sums_along(slot: MixtureSlot, model: Any) -> None:
-    """The score that beam search reports is that of a whole pass over what it wrote."""
+@pytest.mark.parametrize(
+    ("move", "argument", "order"),
+    [
+        ("reorder_cache", torch.tensor([1, 0]), [1, 0]),
+        ("batch_select_indices", torch.tensor([1]), [1]),
+        ("batch_repeat_interleave", 2, [0, 0, 1, 1]),
+    ],
+)
+def test_the_sums_move_with_the_rows_of_a_cache(
+    slot: MixtureSlot, model: Any, move: str, argument: Any, order: list[int]
+) -> None:
+    """As beam search moves them."""
+    rows = [[5, 17, 42, 8], [99, 61, 12, 33]]
+    cache = run(model, rows, use_cache=True).past_key_values
+    getattr(cache, move)(argument)
+    got = run(model, [[7, 30]] * len(order), use_cache=True, past_key_values=cache).logits
+    for place, row in enumerate(order):
+        torch.testing.assert_close(got[place], alone(model, [*rows[row], 7, 30])[4:], **CLOSE)
+
+
+def test_beam_search_reports_the_score_of_what_it_wrote(slot: MixtureSlot, model: Any) -> None:
     with torch.inference_mode():
         found = model.generate(
             input_ids=torch.tensor([LONG]),
