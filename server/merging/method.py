@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -25,7 +25,7 @@ from seedbed.common.errors import AdapterMismatchError, ConfigError, nearest
 class Options(BaseModel):
     """What a method can be told; each method has a subclass with its own fields, documented beside them."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,7 +40,7 @@ class Module:
     updates: tuple[LoraFactors, ...]
     """In the order of the adapters; at least one, all of one ``[out, in]``."""
     weights: tuple[float, ...]
-    """One for each update, not negative."""
+    """One for each update; not negative where the method normalizes them."""
     seed: LoraFactors | None = None
     """The update that all experts started from, where it was given."""
 
@@ -76,10 +76,12 @@ class Method:
     takes_mixed: bool = True
     """Whether ranks, scalings and sets of modules may differ between the adapters."""
     takes_weights: bool = True
+    normalizes: bool = True
+    """Whether weights are divided by their sum; else they are taken as given, of either sign, 1 each where none are."""
     idempotent: bool = True
-    """Whether N identical adapters give the adapter back."""
+    """Whether N identical adapters give the adapter back, where the options leave nothing out (density 1, retention 1)."""
     ordered: bool = False
-    """Whether the order of the adapters matters."""
+    """Whether the order of the adapters matters, with default options; to random methods, since they draw in that order."""
     warning: str = ""
     """What a user must know before they trust the result."""
 
@@ -124,7 +126,7 @@ class Method:
 
         Args:
             adapters: the experts, in order.
-            weights: one for each, not negative; divided by their sum. None weighs all the same.
+            weights: one for each, see `shares`. None weighs all the same.
             options: of the row's own kind; none are the defaults.
             seed: the adapter that all experts started from, where the options refer to it.
 
@@ -140,10 +142,19 @@ class Method:
         return Adapter(merged)
 
     def shares(self, weights: Sequence[float] | None, count: int) -> list[float]:
-        """Weights divided by their sum, refused where the method takes none."""
+        """The weights that the method works with: divided by their sum, or as given where it does not normalize.
+
+        Raises:
+            ConfigError: if the method takes none, if there are not `count`, or if they make no sense (all zero, not
+                finite, negative for a method that normalizes).
+        """
         if weights is not None and not self.takes_weights:
             raise ConfigError(f"merge method '{self.name}' takes no weights", "Leave them out, or use another method.")
-        return algebra.normalized(weights, count)
+        if self.normalizes:
+            return algebra.normalized(weights, count)
+        # The same refusals, except of a sign: a negative weight takes an update away.
+        algebra.normalized(None if weights is None else [abs(weight) for weight in weights], count)
+        return [1.0] * count if weights is None else [float(weight) for weight in weights]
 
     def merge_module(
         self,
@@ -157,7 +168,7 @@ class Method:
 
         Args:
             updates: one for each adapter; None for an adapter that does not have the module, as some adapter must.
-            shares: one for each adapter, summing to 1.
+            shares: one for each adapter, as `shares` gives them.
             seed: see `seed_update`.
         """
         chosen = options if options is not None else self.options()
@@ -170,6 +181,32 @@ class Method:
         algebra.require_same_shape(name, present if seed is None else [*present, seed])
         module = Module(name, tuple(present), tuple(share for _, share in terms), seed)
         return self.function(module, chosen).to(dtype=common_dtype(present))
+
+
+def option_rows(method: Method) -> list[tuple[str, str, str, str]]:
+    """``(name, type, default, meaning)`` of every option of a method, as text for a reader."""
+    rows = []
+    for name, field in method.options.model_fields.items():
+        meaning = " ".join((field.description or "").split())
+        rows.append((name, _type_text(field.annotation), _value_text(field.default), meaning))
+    return rows
+
+
+def _type_text(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " | ".join(str(choice) for choice in get_args(annotation))
+    if get_args(annotation):
+        return " | ".join(_type_text(choice) for choice in get_args(annotation))
+    names = {int: "integer", float: "number", bool: "true | false", type(None): "none"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _value_text(value: Any) -> str:
+    return (
+        {True: "true", False: "false", None: "none"}[value]
+        if value is None or value is True or value is False
+        else str(value)
+    )
 
 
 def seed_update(seed: Adapter | None, name: str, updates: Sequence[LoraFactors | None]) -> LoraFactors | None:
