@@ -81,7 +81,8 @@ class Objective:
         losses = label_losses(model, head, one.batch)
         terms = {"task": losses.sum() / totals.task}
         if self.weights["balance"]:
-            # An average over tokens: each pass counts by its share of the step's labels.
+            # The balance within each pass, which counts by its share of the step's labels: unlike the other terms it does
+            # depend on how a step is cut.
             terms["balance"] = self.trainee.auxiliary() * (len(losses) / totals.task)
         return terms
 

@@ -27,7 +27,7 @@ from seedbed.common.manifest import BaseIdentity, Record
 from seedbed.common.routing import Mixture, RoutedModel, Router, RouterSettings
 from seedbed.common.routing.router_file import read_router
 from seedbed.common.storage import read_adapter
-from seedbed.common.targets import target_shapes
+from seedbed.common.targets import selected_shapes
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -246,7 +246,7 @@ def _molora(spec: TrainSpec, model: Any) -> Trainee:
     scaling = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
     routed = RoutedModel.molora(
         model,
-        list(target_shapes(basemodel.resolve(spec.base), lora)),
+        list(selected_shapes(model, lora, spec.base.model)),
         experts=len(spec.names),
         rank=lora.rank,
         alpha=scaling * lora.rank,

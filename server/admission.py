@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.config import LoraSettings
-from seedbed.common.errors import AdapterMismatchError, SeedbedError
+from seedbed.common.errors import AdapterMismatchError, ConfigError, SeedbedError
 from seedbed.common.jobs import Job, JobResult
 from seedbed.common.manifest import Manifest
+from seedbed.common.routing import Router
+from seedbed.common.routing.router_file import read_router
 from seedbed.common.storage import AdapterStore, check_update, read_adapter
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -56,19 +59,75 @@ class Admission:
         """
         if result.error:
             raise SeedbedError(result.error, result.hint)
+        directory = self.store.open(result.digest)
+        checks = {"gate": self._router, "router": self._router, "molora": self._with_experts}
+        return checks.get(job.kind, self._adapter)(job, directory)
+
+    def _adapter(self, job: Job, directory: Path) -> Manifest:
         expected = expected_adapter(self.shapes, job.lora)
-        quota = 4 * expected.parameters + _HEADER_BYTES
-        adapter, manifest = read_adapter(self.store.open(result.digest), max_bytes=quota)
-        for what, wanted, got in (
-            ("recipe", job.recipe, manifest.recipe),
-            ("kind", job.kind, manifest.kind),
-            ("parents", (job.parent,) if job.parent else (), manifest.parents),
-        ):
-            if wanted != got:
-                raise AdapterMismatchError(f"the update's {what}: expected {_short(wanted)}, got {_short(got)}")
-        check_update(adapter, manifest, base=job.base, reference=expected, norm_bound=self.norm_bound)
+        adapter, manifest = read_adapter(directory, max_bytes=self._quota(job))
+        self._made_for(job, manifest, job.kind)
+        self._plain(job, adapter, manifest)
         self._scaling(expected, adapter)
         return manifest
+
+    def _router(self, job: Job, directory: Path) -> Manifest:
+        """A gate or a router over the experts that the job names."""
+        router, names, manifest = read_router(directory, base=job.base, max_bytes=self._router_quota(len(job.names)))
+        self._made_for(job, manifest, job.kind)
+        self._routes(job, router, names)
+        return manifest
+
+    def _with_experts(self, job: Job, directory: Path) -> Manifest:
+        """A router whose experts were trained with it: they are checked as any other adapter."""
+        router, names, manifest = read_router(directory, base=job.base, max_bytes=self._router_quota(len(job.names)))
+        for what, wanted, got in (
+            ("recipe", job.recipe, manifest.recipe),
+            ("number of experts", len(job.names), len(manifest.parents)),
+        ):
+            _same(what, wanted, got)
+        self._routes(job, router, names)
+        for parent in manifest.parents:
+            adapter, own = read_adapter(self.store.open(parent), max_bytes=self._quota(job))
+            self._plain(job, adapter, own)
+            self._scaling(expected_adapter(self.shapes, job.lora), adapter)
+        return manifest
+
+    def _made_for(self, job: Job, manifest: Manifest, kind: str) -> None:
+        for what, wanted, got in (
+            ("recipe", job.recipe, manifest.recipe),
+            ("kind", kind, manifest.kind),
+            ("parents", job.parents, manifest.parents),
+        ):
+            _same(what, wanted, got)
+
+    def _plain(self, job: Job, adapter: Adapter, manifest: Manifest) -> None:
+        expected = expected_adapter(self.shapes, job.lora)
+        check_update(adapter, manifest, base=job.base, reference=expected, norm_bound=self.norm_bound)
+
+    def _routes(self, job: Job, router: Router, names: Sequence[str]) -> None:
+        """Names, kind and shapes; that every number is finite has been checked when it was read."""
+        _same("experts", job.names, tuple(names))
+        wanted = "phatgoose" if job.kind == "gate" else (job.router.kind if job.router else "learned")
+        _same("router", wanted, router.settings.kind)
+        try:
+            router.require_fits(self.shapes, len(names))
+        except ConfigError as error:
+            raise AdapterMismatchError(error.message, error.hint) from None
+        for name, module in router.tensors.items():
+            for key, tensor in module.items():
+                size = float(tensor.norm())
+                if size > self.norm_bound:
+                    raise AdapterMismatchError(
+                        f"module {name}: expected a router's {key} of norm {self.norm_bound:.4g} or less, got {size:.4g}",
+                        "Lower combine.routing.learning_rate, or raise run.norm_bound if this is right.",
+                    )
+
+    def _quota(self, job: Job) -> int:
+        return 4 * expected_adapter(self.shapes, job.lora).parameters + _HEADER_BYTES
+
+    def _router_quota(self, experts: int) -> int:
+        return 4 * experts * sum(inputs + 1 for _, inputs in self.shapes.values()) + _HEADER_BYTES
 
     def _scaling(self, expected: Adapter, adapter: Adapter) -> None:
         """Factors of another scaling would enter an average with another weight."""
@@ -77,6 +136,11 @@ class Admission:
                 raise AdapterMismatchError(
                     f"module {name}: expected scaling {expected[name].scaling}, got {factors.scaling}"
                 )
+
+
+def _same(what: str, wanted: object, got: object) -> None:
+    if wanted != got:
+        raise AdapterMismatchError(f"the update's {what}: expected {_short(wanted)}, got {_short(got)}")
 
 
 def _short(value: object) -> str:

@@ -63,15 +63,30 @@ def lineage(store: AdapterStore, ledger: Ledger, digests: Iterable[str]) -> list
         if digest in nodes:
             return
         manifest: Manifest = read_manifest(store.open(digest))
-        for parent in manifest.parents:
+        parents = _made_of(manifest)
+        for parent in parents:
             visit(parent)
         nodes[digest] = LineageNode(
-            digest=digest, name=names.get(digest, "given"), kind=manifest.kind, parents=manifest.parents
+            digest=digest, name=names.get(digest, _own_name(manifest)), kind=manifest.kind, parents=parents
         )
 
     for digest in digests:
         visit(digest)
     return list(nodes.values())
+
+
+def _own_name(manifest: Manifest) -> str:
+    """Of an adapter that came with another: an expert that was trained together with its router, or a given one."""
+    return f"{manifest.kind}:{manifest.task}" if manifest.task else "given"
+
+
+def _made_of(manifest: Manifest) -> tuple[str, ...]:
+    """Parents, and for a router also the gates or routers that it was made of."""
+    if manifest.kind != "router":
+        return manifest.parents
+    others = [*manifest.settings.get("gates", ()), *manifest.settings.get("mean", ())]
+    others += [manifest.settings[key] for key in ("averages", "parent") if manifest.settings.get(key)]
+    return (*manifest.parents, *others)
 
 
 def _measured(store: AdapterStore, candidate: Combination, found: Findings) -> Measured:

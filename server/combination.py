@@ -76,7 +76,12 @@ class Combiner:
         self.observe.stage("combine", len(candidates))
         found: list[Combination] = []
         for candidate in candidates:
-            found += self._candidate(candidate, parts)
+            missing = _missing(candidate, parts)
+            if missing:
+                self.run.ledger.quarantine("candidate", candidate.name, missing)
+                self.observe.note(f"no candidate '{candidate.name}': {missing}")
+            else:
+                found += self._candidate(candidate, parts)
             self.observe.advance(candidate.name)
         for made in found:
             if made.digest is not None:
@@ -159,6 +164,16 @@ class Combiner:
 def _scratch(root: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=root, prefix=".tmp-combine-") as directory:
         yield Path(directory) / "adapter"
+
+
+def _missing(candidate: Candidate, parts: Parts) -> str:
+    """Why a candidate cannot be made; empty where it can."""
+    if candidate.role in ("merge", "mixture", "alone") and not parts.groups.get(candidate.of):
+        return f"no adapter of the group '{candidate.of}' is there"
+    job = molora_job(candidate) if candidate.routing is not None and candidate.routing.kind == "molora" else "joint"
+    if (candidate.role == "joint" or job != "joint") and job not in parts.alone:
+        return f"the job '{job}' gave no result"
+    return ""
 
 
 def alone_name(group: Group, task: str) -> str:

@@ -132,7 +132,11 @@ def build_update(
 
 
 def device_of(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
+    """Where a module's weights are. Those that ZeRO 3 has cut into slices say `meta`; they will be on this rank's device."""
+    device = next(module.parameters()).device
+    if device.type != "meta":
+        return device
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def adding(update: RoutedUpdate) -> Any:

@@ -50,7 +50,7 @@ _NAMES: dict[str, tuple[Kind, str]] = {
     "arrow": ("mixture", "arrow router"),
     "phatgoose": ("mixture", "phatgoose router"),
     "sequence": ("mixture", "sequence router"),
-    "molora": ("mixture", "MoLoRA"),
+    "molora": ("joint", "MoLoRA"),
 }
 
 
@@ -179,7 +179,9 @@ def _mean_score(scores: Sequence[TaskResult]) -> TaskResult:
 def _candidate(entry: Measured, tasks: Mapping[str, bool]) -> CandidateResult:
     kind, label = kind_and_label(entry.name)
     if entry.mixture:
-        kind = "mixture"
+        # Experts that were trained with their router have seen all data: a reference, as joint training is.
+        together = any(diagnostics.kind == "molora" for diagnostics in entry.routing.values())
+        kind = "joint" if together else "mixture"
     scores = {score.task: Score(**score.model_dump(exclude={"outcomes"})) for score in entry.scores}
     means = Means(
         held_in=_mean(scores, [task for task, held_in in tasks.items() if held_in]),

@@ -18,9 +18,11 @@ from seedbed.client.engine import deepspeed_config
 from seedbed.client.launch import run
 from seedbed.client.training import TrainSpec, train
 from seedbed.common.adapter import Adapter
-from seedbed.common.config import BaseModelConfig, LoraSettings, TrainingSettings
+from seedbed.common.config import BaseModelConfig, LoraSettings, RoutingTuningSettings, TrainingSettings
 from seedbed.common.errors import DataError, TrainingError
 from seedbed.common.jobs import DataSource
+from seedbed.common.routing import RouterSettings
+from seedbed.common.routing.router_file import read_router
 from seedbed.common.storage import read_adapter
 
 Make = Callable[..., TrainSpec]
@@ -54,6 +56,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> Make:
             data=changes.pop("data", (source,)),
             output=output,
             threads=1,
+            **changes,
         )
 
     return make
@@ -104,6 +107,42 @@ def test_deepspeed_agrees_with_torch(
     assert events[0]["ranks"] == ranks
     assert distance(read_adapter(outcome.directory)[0], reference) < 1e-4
     assert alive(tmp_path) == []
+
+
+@pytest.mark.parametrize(("ranks", "stage", "accumulation"), [(2, 2, 2), (2, 3, 1)])
+def test_deepspeed_agrees_with_torch_on_routing_tuning(
+    spec: Make, tmp_path: Path, ranks: int, stage: int, accumulation: int
+) -> None:
+    texts = tmp_path / "general.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"the number {number}"}) + "\n" for number in range(20)))
+    tuning = {
+        "tuning": RoutingTuningSettings(kl_weight=2.0, norm_weight=0.5),
+        "general": DataSource(task="general", location=str(texts)),
+    }
+    alone = train(spec(Path("unused"), engine="torch", **tuning), lambda _: None)
+    plain = train(spec(Path("unused"), engine="torch"), lambda _: None)
+    given = spec(
+        tmp_path / "adapter", accumulation=accumulation, deepspeed={"processes": ranks, "zero_stage": stage}, **tuning
+    )
+    outcome = run(given, deadline=300, log=tmp_path / "log")
+    assert distance(read_adapter(outcome.directory)[0], alone.value) < 1e-4
+    assert distance(plain.value, alone.value) > 1e-3
+    assert outcome.metrics["kl"] == pytest.approx(alone.metrics["kl"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 2), (2, 3)])
+def test_deepspeed_agrees_with_torch_on_experts_with_their_router(
+    spec: Make, tmp_path: Path, ranks: int, stage: int
+) -> None:
+    made = {"kind": "molora", "names": ("a", "b"), "router": RouterSettings(kind="molora")}
+    alone = train(spec(Path("unused"), engine="torch", **made), lambda _: None).value
+    given = spec(tmp_path / "mixture", deepspeed={"processes": ranks, "zero_stage": stage}, **made)
+    run(given, deadline=300, log=tmp_path / "log")
+    router, _, _ = read_router(tmp_path / "mixture/router")
+    for index, expert in enumerate(alone.experts):
+        assert distance(read_adapter(tmp_path / f"mixture/expert-00{index}")[0], expert) < 1e-4
+    for name, tensors in alone.router.tensors.items():
+        assert torch.allclose(tensors["weight"], router.tensors[name]["weight"], atol=1e-4)
 
 
 def test_factors_stay_float32_over_a_bfloat16_model_in_slices(spec: Make, tmp_path: Path) -> None:
