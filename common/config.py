@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, PositiveInt, Tag, ValidationError, model_validator
 
 from seedbed.common.errors import ConfigError, nearest
 
@@ -240,10 +240,17 @@ class CandidateSettings(Section):
         return self
 
 
+_Entry = Annotated[
+    Annotated[str, Tag("name")] | Annotated[CandidateSettings, Tag("mapping")],
+    # Decided by its form, so that a mistake in a mapping is told as such.
+    Discriminator(lambda value: "name" if isinstance(value, str) else "mapping"),
+]
+
+
 class CombineSettings(Section):
     """Which candidates are made and compared."""
 
-    candidates: tuple[str | CandidateSettings, ...] = (
+    candidates: tuple[_Entry, ...] = (
         "base",
         "seed",
         "experts",
@@ -365,7 +372,13 @@ def parse_config(values: Mapping[str, Any], overrides: Iterable[str] = (), sourc
         return FederationConfig.model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
+        # The kind of an entry ("name", "mapping") stands in the place after its index, and is not part of the file.
+        parts = [
+            str(part)
+            for before, part in zip((None, *first["loc"]), first["loc"], strict=False)
+            if not isinstance(before, int) or part not in ("name", "mapping")
+        ]
+        path = ".".join(parts)
         reason = first["msg"].removeprefix("Value error, ")
         got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
         where = f"{source}: {path}: " if path else f"{source}: "
@@ -425,3 +438,7 @@ def _refuse_unknown(values: Mapping[str, Any], section: type[BaseModel], path: s
             and issubclass(field.annotation, BaseModel)
         ):
             _refuse_unknown(value, field.annotation, f"{path}{key}.", source)
+        elif section is CombineSettings and key == "candidates" and isinstance(value, list | tuple):
+            for index, entry in enumerate(value):
+                if isinstance(entry, Mapping):
+                    _refuse_unknown(entry, CandidateSettings, f"{path}{key}.{index}.", source)

@@ -33,6 +33,7 @@ from seedbed.server.evaluation.suite import Score, TaskResult
 OWN = "experts:own"
 TYPICAL = "experts:mean"
 ORACLE = "experts:best"
+TUNED = "tuned:own"
 _NAMES: dict[str, tuple[Kind, str]] = {
     "base": ("base", "base model"),
     "seed": ("seed", "seed alone"),
@@ -44,6 +45,7 @@ _NAMES: dict[str, tuple[Kind, str]] = {
     OWN: ("reference", "each task's own expert"),
     TYPICAL: ("reference", "experts alone, mean"),
     ORACLE: ("reference", "best expert for each task"),
+    TUNED: ("reference", "each task's own tuned expert"),
     "svd": ("merge", "mean cut to one rank"),
     "uniform": ("mixture", "uniform router"),
     "learned": ("mixture", "learned router"),
@@ -124,7 +126,7 @@ def build_results(
 def kind_and_label(name: str) -> tuple[Kind, str]:
     """What a candidate is, by its name."""
     group, separator, task = name.partition(":")
-    if separator and group in ("expert", "tuned", "unseeded"):
+    if name not in _NAMES and separator and group in ("expert", "tuned", "unseeded"):
         return "expert", f"{group} {task}" if group == "expert" else f"{group} expert {task}"
     return _NAMES.get(name, ("merge", name))
 
@@ -147,9 +149,10 @@ def best(candidates: Mapping[str, CandidateResult], scope: Scope) -> str | None:
 
 def _references(measured: Sequence[Measured]) -> list[Measured]:
     """Pseudo-candidates: every held-in task answered by its own expert, and the mean of all experts."""
-    experts = {entry.name.partition(":")[2]: entry for entry in measured if entry.name.startswith("expert:")}
+    experts, tuned = (_alone(measured, group) for group in ("expert", "tuned"))
+    own_tuned = [score for task, entry in tuned.items() for score in entry.scores if score.task == task]
     if not experts:
-        return []
+        return [Measured(TUNED, own_tuned)] if own_tuned else []
     by_task: dict[str, list[TaskResult]] = {}
     for entry in experts.values():
         for score in entry.scores:
@@ -161,6 +164,11 @@ def _references(measured: Sequence[Measured]) -> list[Measured]:
         max(scores, key=lambda score: score.value) for scores in by_task.values() if len(scores) == len(experts) > 1
     ]
     return [Measured(name, scores) for name, scores in ((OWN, own), (TYPICAL, typical), (ORACLE, best_of)) if scores]
+
+
+def _alone(measured: Sequence[Measured], group: str) -> dict[str, Measured]:
+    """The single adapters of a group, by task."""
+    return {entry.name.partition(":")[2]: entry for entry in measured if entry.name.startswith(f"{group}:")}
 
 
 def _mean_score(scores: Sequence[TaskResult]) -> TaskResult:
@@ -264,6 +272,7 @@ def _pairs(candidates: Mapping[str, CandidateResult], scope: Scope) -> list[tupl
     first = "average" if "average" in candidates else next(iter(contenders(candidates)), None)
     against = [(name, other) for name in (first, best(candidates, scope)) for other in whole if name in whole]
     against += [(name, "base") for name in models if "base" in whole]
+    against += [(TUNED, OWN)] if {TUNED, OWN} <= set(whole) else []
     return list(dict.fromkeys((name, other) for name, other in against if name is not None and name != other))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from seedbed.server.evaluation import tables
+from seedbed.server.evaluation import beside, tables
 from seedbed.server.evaluation.results import LineageNode, Results, Scope
 from seedbed.server.evaluation.tables import DIGEST, Generation, Grid
 
@@ -17,7 +17,8 @@ def markdown(results: Results) -> str:
     grids = [tables.differences(results, *pair) for pair in compared(results)]
     parts += ["## Differences", *map(_table, grids)] if grids else []
     parts += ["## Tasks", *(_table(tables.by_task(results, held_in=inside)) for inside in _present(results))]
-    for grid in (tables.experts(results), tables.candidate_costs(results), tables.costs(results)):
+    others = (beside.general(results), beside.tuning(results), beside.routers(results))
+    for grid in (tables.experts(results), *others, tables.candidate_costs(results), tables.costs(results)):
         parts += [f"## {grid.caption}", _table(grid, caption=False)] if grid else []
     if results.diagnostics:
         parts += ["## Diagnostics", "\n".join(f"- {_plain(line)}" for line in tables.diagnostics(results))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape as _escape
 
-from seedbed.server.evaluation import plots, tables
+from seedbed.server.evaluation import beside, beside_plots, plots, tables
 from seedbed.server.evaluation.markdown import compared, intervals_note
 from seedbed.server.evaluation.results import Results, Scope
 from seedbed.server.evaluation.style import CSS
@@ -24,6 +24,8 @@ def page(results: Results) -> str:
         ("differences", "Differences", "".join(_difference(results, *pair) for pair in compared(results))),
         ("tasks", "Tasks", _tasks(results)),
         ("experts", "Experts", _optional(tables.experts(results))),
+        ("general", "General text", _general(results)),
+        ("routers", "Routers", _routers(results)),
         ("effort", "Effort", _optional(tables.candidate_costs(results)) + _optional(tables.costs(results))),
         ("diagnostics", "Diagnostics", _diagnostics(results)),
         ("lineage", "Lineage", _lineage(results)),
@@ -61,6 +63,30 @@ def _tasks(results: Results) -> str:
     line = " Above the line: held-in tasks." if len(present) == 2 else ""
     figure = _figure(plots.heat_map(results), f"Accuracy in %.{line}", wide=True)
     return figure + "".join(_table(tables.by_task(results, held_in=inside)) for inside in present)
+
+
+def _general(results: Results) -> str:
+    grid = beside.general(results)
+    if grid is None:
+        return ""
+    scatter = beside_plots.drift_scatter(results)
+    figure = _figure(scatter, "Further left: closer to the base model.") if scatter else ""
+    return figure + _table(grid) + _optional(beside.tuning(results))
+
+
+def _routers(results: Results) -> str:
+    grid = beside.routers(results)
+    if grid is None:
+        return ""
+    figure = _figure(beside_plots.router_layers(results), "100 %: the router prefers no expert there.")
+    told = "Probability in %, mean over tokens and layers."
+    parts = []
+    for name in beside.used(results):
+        loads = beside.loads(results, name)
+        drawn = _figure(beside_plots.router_loads(results, name), told, wide=True)
+        table = f"<details><summary>As a table</summary>{_table(loads, caption=False)}</details>"
+        parts.append(f"<h3>{escape(loads.caption)}</h3>{drawn}{table}")
+    return figure + _table(grid) + "".join(parts)
 
 
 def _figure(svg: str, caption: str = "", *, wide: bool = False) -> str:

@@ -13,8 +13,8 @@ from seedbed.server.evaluation.answer import percent, points
 from seedbed.server.evaluation.results import Results, Scope
 
 # Drawn in these colours, which are then replaced by the page's own: text, faint lines, and two series.
-_INK, _FAINT, _FIRST, _SECOND = "#010203", "#040506", "#070809", "#0a0b0c"
-_THEME = {_INK: "currentColor", _FAINT: "var(--line)", _FIRST: "var(--first)", _SECOND: "var(--second)"}
+INK, FAINT, FIRST, SECOND = "#010203", "#040506", "#070809", "#0a0b0c"
+_THEME = {INK: "currentColor", FAINT: "var(--line)", FIRST: "var(--first)", SECOND: "var(--second)"}
 _WIDTH = 4.9
 _SIZE = 10.5
 """Inches and points: at a phone's width the letters still measure 10 pixels."""
@@ -22,15 +22,15 @@ _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": _SIZE,
-    "text.color": _INK,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.spines.left": False,
-    "grid.color": _FAINT,
+    "grid.color": FAINT,
 }
 
 
@@ -41,11 +41,11 @@ def accuracies(results: Results) -> str:
     """
     shown = [candidate for candidate in results.candidates.values() if candidate.kind != "expert"]
     series: list[tuple[Scope, str, str, str, float]] = [
-        ("held_out", "held-out tasks", "o", _FIRST, -0.13),
-        ("held_in", "held-in tasks", "s", _SECOND, 0.13),
+        ("held_out", "held-out tasks", "o", FIRST, -0.13),
+        ("held_in", "held-in tasks", "s", SECOND, 0.13),
     ]
     told = []
-    with _figure(0.42 * len(shown) + 1.3) as (figure, axes, svg):
+    with figure(0.42 * len(shown) + 1.3) as (whole, axes, svg):
         for scope, label, marker, colour, shift in series:
             rows = [(row, mean) for row, entry in enumerate(shown) if (mean := getattr(entry.mean, scope)) is not None]
             if not rows:
@@ -70,9 +70,9 @@ def accuracies(results: Results) -> str:
         _rows(axes, [entry.label for entry in shown])
         axes.set_xlabel("mean accuracy, %")
         if any("guessing" in line for line in told):
-            axes.plot([], [], color=_INK, linestyle=(0, (1, 3)), linewidth=1.5, label="guessing")
+            axes.plot([], [], color=INK, linestyle=(0, (1, 3)), linewidth=1.5, label="guessing")
         if told:
-            figure.legend(loc="outside upper left", ncols=3, frameon=False, handletextpad=0.3, columnspacing=1.2)
+            whole.legend(loc="outside upper left", ncols=3, frameon=False, handletextpad=0.3, columnspacing=1.2)
     return svg("accuracies", "Mean accuracy of each candidate", ". ".join(told))
 
 
@@ -81,16 +81,16 @@ def forest(results: Results, candidate: str, scope: Scope) -> str:
     effects = [effect for effect in results.effects if (effect.candidate, effect.scope) == (candidate, scope)]
     label = results.candidates[candidate].label
     labels = [results.candidates[effect.reference].label for effect in effects]
-    with _figure(0.36 * len(effects) + 1.1) as (_, axes, svg):
-        axes.axvline(0, color=_INK, linewidth=1)
+    with figure(0.36 * len(effects) + 1.1) as (_, axes, svg):
+        axes.axvline(0, color=INK, linewidth=1)
         for row, effect in enumerate(effects):
             # Filled where the interval leaves out zero, hollow where it does not: readable without colour.
-            axes.plot([100 * effect.low, 100 * effect.high], [row, row], color=_FIRST, linewidth=2)
+            axes.plot([100 * effect.low, 100 * effect.high], [row, row], color=FIRST, linewidth=2)
             axes.plot(
                 [100 * effect.difference],
                 [row],
                 marker="o",
-                color=_FIRST,
+                color=FIRST,
                 markersize=8,
                 fillstyle="full" if effect.is_clear else "none",
             )
@@ -114,21 +114,43 @@ def heat_map(results: Results) -> str:
         for row, task in enumerate(tasks):
             if task in candidate.tasks:
                 grid[row, column] = 100 * candidate.tasks[task].value
-    with _figure(0.3 * len(tasks) + 2.2, max(_WIDTH, 0.42 * len(shown) + 1.8)) as (_, axes, svg):
-        edges = np.arange(len(shown) + 1) - 0.5, np.arange(len(tasks) + 1) - 0.5
+    return grid_of_numbers(
+        "heat-map",
+        "Accuracy in % of each candidate (columns) on each task (rows)",
+        list(tasks),
+        [candidate.label for candidate in shown],
+        grid,
+        line=sum(tasks.values()),
+    )
+
+
+def grid_of_numbers(
+    key: str, title: str, rows: Sequence[str], columns: Sequence[str], values: Any, *, line: int | None = None
+) -> str:
+    """A heat map with its numbers, from 0 to 100; missing ones (NaN) stay empty.
+
+    Args:
+        line: number of rows above a thick line.
+    """
+    import numpy as np
+
+    grid = np.asarray(values, dtype=float)
+    with figure(0.3 * len(rows) + 2.2, max(_WIDTH, 0.42 * len(columns) + 1.8)) as (_, axes, svg):
+        edges = np.arange(len(columns) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5
         axes.pcolormesh(*edges, np.ma.masked_invalid(grid), cmap="viridis", vmin=0, vmax=100)
         axes.invert_yaxis()
         for (row, column), value in np.ndenumerate(grid):
             if not np.isnan(value):
                 colour = "black" if value > 60 else "white"
                 axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8.5)
-        axes.axhline(sum(tasks.values()) - 0.5, color=_INK, linewidth=2)
-        axes.set_yticks(range(len(tasks)), tasks)
-        axes.set_xticks(range(len(shown)), [candidate.label for candidate in shown], rotation=55, ha="left")
+        if line is not None:
+            axes.axhline(line - 0.5, color=INK, linewidth=2)
+        axes.set_yticks(range(len(rows)), rows)
+        axes.set_xticks(range(len(columns)), columns, rotation=55, ha="left")
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-    return svg("heat-map", "Accuracy in % of each candidate (columns) on each task (rows)", "The tables below hold it.")
+    return svg(key, title, "The tables below hold it.")
 
 
 def _rows(axes: Any, labels: Sequence[str]) -> None:
@@ -143,7 +165,7 @@ Writer = Callable[[str, str, str], str]
 
 
 @contextmanager
-def _figure(height: float, width: float = _WIDTH) -> Iterator[tuple[Any, Any, Writer]]:
+def figure(height: float, width: float = _WIDTH) -> Iterator[tuple[Any, Any, Writer]]:
     """A figure, its axes, and a function ``(key, title, description) -> svg`` to be called after the body."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG

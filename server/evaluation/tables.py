@@ -274,6 +274,7 @@ _DIAGNOSTICS = {
     "factor_gap_seeded": (
         "Averaging A and B apart instead of their products is off by {value} of the exact mean, for the seeded experts."
     ),
+    "factor_gap_tuned": "The same for the routing-tuned experts: {value}.",
     "factor_gap_unseeded": "The same for experts that never shared a seed: {value}.",
 }
 

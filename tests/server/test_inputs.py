@@ -69,7 +69,7 @@ def test_only_the_node_with_all_data_gets_everybodys(tmp_path: Path) -> None:
     found = find_inputs(settings)
     assert found is not None
     run = RunDirectory.open(tmp_path / "run", settings, found.hashes, resume=False)
-    assert write_nodes(run, found, pooled=True, threads=1) == 3
+    assert write_nodes(run, found, pooled=True, general=False, threads=1) == 3
     nodes = [Node.model_validate(yaml.safe_load((run.root / f"nodes/{n}.yaml").read_text())) for n in range(3)]
     told = {node.name: ([source.task for source in node.data], node.pooled) for node in nodes}
     assert told == {"all-data": (["a", "b"], True), "a": (["a"], False), "b": (["b"], False)}

@@ -278,8 +278,8 @@ def test_the_summary_of_every_kind_of_candidate_fits_80_columns() -> None:
     nodes = [LineageNode(digest=f"{place:064d}", name=name, kind="expert") for place, name in enumerate(names)]
     jobs = [Cost(name=name, steps=12_345) for name in names]
     text = shown(build_results("all", rows, Circumstances(lineage=nodes, costs=jobs))[0])
-    assert len(text.splitlines()) == 3 + 9 + 1, (
-        "title, heads, rule; seven models, two references, guessing; no line broken"
+    assert len(text.splitlines()) == 3 + 11 + 1, (
+        "title, heads, rule; seven models, three references, guessing; no line broken"
     )
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from seedbed.common.errors import DataError
+from seedbed.common.routing.diagnostics import LayerDiagnostics
 from seedbed.server.evaluation import results as files
 from seedbed.server.evaluation.compare import Measured, build_results
 from seedbed.server.evaluation.suite import TaskResult
@@ -97,6 +98,7 @@ def test_chance_is_the_mean_over_the_tasks_of_a_scope_and_unknown_if_one_is() ->
 def test_every_field_is_described_in_the_schema_document() -> None:
     document = (Path(__file__).parents[3] / "server/evaluation/SCHEMA.md").read_text(encoding="utf-8")
     models = (files.CandidateResult, files.Effect, files.Score, files.Cost, files.LineageNode, files.Estimate)
+    models += (files.GeneralText, files.RouterUse, LayerDiagnostics)
     fields = {name for model in models for name in model.model_fields}
     fields |= {field.alias or name for name, field in files.Results.model_fields.items()}
     assert {name for name in fields if f"`{name}`" not in document} == set()
