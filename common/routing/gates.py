@@ -8,13 +8,14 @@
 | PhatgooseGate | softmax(v_i · x / sqrt(in)), both standardized; PHATGOOSE (Muqeeth et al., ICML 2024) |
 | SigmoidGate | sigmoid(v · x) of one expert: what PHATGOOSE trains |
 
-All but the first and the last divide by a temperature and may keep only the k largest scores.
+All but the first and the last divide by a temperature and may keep only the k largest scores. Every score begins with a
+product of x and a few rows; whoever calls a gate may compute it (`project`), together with others that read x.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,19 @@ from torch.nn import functional as F
 from seedbed.common.algebra import normalized
 from seedbed.common.routing.settings import RouterSettings
 
+Project = Callable[[Tensor, Tensor], Tensor]
+"""``(x [..., in], rows [N, in]) -> [..., N]``: a linear product without bias."""
+
 
 class Gate(nn.Module):
-    """``x [..., in] -> p [..., N]``; rows sum to 1 (but for `SigmoidGate`)."""
+    """``x [..., in] -> p [..., N]``; each p sums to 1 (but for `SigmoidGate`).
+
+    ``forward(x, project)`` calls `project` with x and `rows()`, once, unless there are none.
+    """
+
+    def rows(self) -> Tensor | None:
+        """``[N, in]``: what x is multiplied with; none if the gate does not look at x."""
+        return None
 
     def tensors(self) -> dict[str, Tensor]:
         """What the router keeps of it, in float32 on the CPU."""
@@ -41,7 +52,7 @@ class ConstantGate(Gate):
         super().__init__()
         self.register_buffer("shares", shares, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, project: Project = F.linear) -> Tensor:
         return self.shares.expand(*x.shape[:-1], -1)
 
     def select(self, index: int) -> None:
@@ -56,11 +67,15 @@ class ScoreGate(Gate):
         super().__init__()
         self.top_k, self.temperature = settings.top_k, settings.temperature
 
-    def scores(self, x: Tensor) -> Tensor:
+    def rows(self) -> Tensor:
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        return probabilities(self.scores(x), self.top_k, self.temperature)
+    def scores(self, x: Tensor, products: Tensor) -> Tensor:
+        """From ``products = x · rowsᵀ [..., N]``."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, project: Project = F.linear) -> Tensor:
+        return probabilities(self.scores(x, project(x, self.rows())), self.top_k, self.temperature)
 
 
 class LearnedGate(ScoreGate):
@@ -73,8 +88,11 @@ class LearnedGate(ScoreGate):
         super().__init__(settings)
         hold(self, {"weight": weight, "bias": bias}, trainable)
 
-    def scores(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def rows(self) -> Tensor:
+        return self.weight
+
+    def scores(self, x: Tensor, products: Tensor) -> Tensor:
+        return products + self.bias
 
     def tensors(self) -> dict[str, Tensor]:
         return {"weight": stored(self.weight), "bias": stored(self.bias)}
@@ -89,8 +107,11 @@ class ArrowGate(ScoreGate):
         super().__init__(settings)
         hold(self, {"prototypes": prototypes})
 
-    def scores(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.prototypes).abs()
+    def rows(self) -> Tensor:
+        return self.prototypes
+
+    def scores(self, x: Tensor, products: Tensor) -> Tensor:
+        return products.abs()
 
     def tensors(self) -> dict[str, Tensor]:
         return {"prototypes": stored(self.prototypes)}
@@ -114,9 +135,12 @@ class PhatgooseGate(ScoreGate):
         directions = torch.where(spread > 0, centred / spread, 0.0) / math.sqrt(gates.shape[-1])
         hold(self, {"gates": gates, "directions": directions.to(gates.dtype)})
 
-    def scores(self, x: Tensor) -> Tensor:
+    def rows(self) -> Tensor:
+        return self.directions
+
+    def scores(self, x: Tensor, products: Tensor) -> Tensor:
         variance = x.var(-1, correction=0, keepdim=True)
-        return F.linear(x, self.directions) * (variance + torch.finfo(x.dtype).tiny).rsqrt()
+        return products * (variance + torch.finfo(x.dtype).tiny).rsqrt()
 
     def tensors(self) -> dict[str, Tensor]:
         return {"gates": stored(self.gates)}
@@ -131,8 +155,11 @@ class SigmoidGate(Gate):
         super().__init__()
         hold(self, {"weight": weight}, trainable=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight).sigmoid()
+    def rows(self) -> Tensor:
+        return self.weight
+
+    def forward(self, x: Tensor, project: Project = F.linear) -> Tensor:
+        return project(x, self.weight).sigmoid()
 
     def tensors(self) -> dict[str, Tensor]:
         return {"gates": stored(self.weight)}

@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from seedbed.common.errors import ConfigError
-from seedbed.common.routing.gates import Gate
+from seedbed.common.routing.gates import Gate, Project
 
 Sums = tuple[Tensor, Tensor]
 """Sum of the probabilities ``[rows, N]`` and number of the tokens ``[rows, 1]`` so far."""
@@ -181,14 +182,17 @@ class SequenceGate(Gate):
         self.gate, self.name = gate, name
         self._watch = watch
 
-    def forward(self, x: Tensor) -> Tensor:
+    def rows(self) -> Tensor | None:
+        return self.gate.rows()
+
+    def forward(self, x: Tensor, project: Project = F.linear) -> Tensor:
         now = self._watch.of(x)
         if now is None:
             raise ConfigError(
                 f"a router by sequence cannot tell the sequences apart at module {self.name}",
                 "Call the model itself with token ids, and route only layers that see [rows, tokens, in].",
             )
-        return now.running_mean(self.name, self.gate(x))
+        return now.running_mean(self.name, self.gate(x, project))
 
     def tensors(self) -> dict[str, Tensor]:
         return self.gate.tensors()

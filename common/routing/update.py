@@ -1,19 +1,21 @@
 """ONE routed linear layer for all routers: two products, however many experts there are.
 
-    z = A x ,  A = [A_1; …; A_N]  [R, in]          R = Σ r_i
-    z ← z · p(x), each probability over the columns of its expert
+    [z, g] = x [A; G]ᵀ ,  A = [A_1; …; A_N]  [R, in] ,  G [N, in] the gate's rows          R = Σ r_i
+    z ← z · p(g), each probability over the columns of its expert
     y ← y + B z ,  B = [s_1 B_1 | … | s_N B_N]  [out, R]
 
-A loop over experts reads x and writes y N times. Here y is written once, in place where no gradient is taken, and
-nothing of the size ``[tokens, N, out]`` exists.
+A loop over experts reads x and writes y N times. Here x is read once and y is written once, in place where no gradient is
+taken, and nothing of the size ``[tokens, N, out]`` exists.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from seedbed.common.adapter import LoraFactors
@@ -36,6 +38,9 @@ class RoutedUpdate(nn.Module):
     """
 
     A: Tensor
+    """Where experts are trained, ``[R, in]``."""
+    stacked: Tensor
+    """Where they are frozen, ``[R + N, in]``: A and the gate's rows; of a gate that is trained, a copy."""
     B: Tensor
     columns: Tensor
     scales: Tensor
@@ -49,21 +54,26 @@ class RoutedUpdate(nn.Module):
         trainable_experts: bool = False,
     ) -> None:
         super().__init__()
-        present = [(index, own) for index, own in enumerate(factors) if own is not None]
-        dtype = dtype or wide(own for _, own in present)
+        present = [own for own in factors if own is not None]
+        dtype = dtype or wide(present)
         self.gate = gate
         self.experts = len(factors)
         self.ranks = tuple(own.rank if own is not None else 0 for own in factors)
         self.scalings = tuple(own.scaling if own is not None else 0.0 for own in factors)
-        fold = [1.0 if trainable_experts else own.scaling for _, own in present]
-        A = torch.cat([own.A.detach().to(dtype) for _, own in present])
-        B = torch.cat([own.B.detach().to(dtype) * s for (_, own), s in zip(present, fold, strict=True)], dim=1)
-        hold(self, {"A": A, "B": B}, trainable_experts)
+        self._trains, self._even = trainable_experts, len(set(self.ranks)) == 1
+        A = torch.cat([own.A.detach().to(dtype) for own in present])
+        B = torch.cat(
+            [own.B.detach().to(dtype) * (1.0 if trainable_experts else own.scaling) for own in present], dim=1
+        )
+        if trainable_experts:
+            hold(self, {"A": A, "B": B}, trainable=True)
+        else:
+            rows = gate.rows()
+            stacked = A if rows is None else torch.cat([A, rows.detach().to(A)])
+            hold(self, {"stacked": stacked, "B": B})
         counts = torch.tensor(self.ranks)
         scales = torch.tensor(self.scalings, dtype=dtype).repeat_interleave(counts)
         hold(self, {"columns": torch.arange(self.experts).repeat_interleave(counts), "scales": scales})
-        self._trains = trainable_experts
-        self._even = len(set(self.ranks)) == 1
         self.observer: Observer | None = None
         """Told ``p [..., N]`` in every forward pass."""
 
@@ -74,18 +84,41 @@ class RoutedUpdate(nn.Module):
             x: input of the linear layer, ``[..., in]``.
             output: what the layer gave, ``[..., out]``.
         """
-        x = x.to(self.A.dtype)
-        p = self.gate(x)
+        x = x.to(self.B.dtype)
+        p, z = self._route(x)
         if self.observer is not None:
             self.observer(p)
-        z = self._weigh(F.linear(x, self.A), p)
+        z = self._weigh(z, p)
         if output.dtype != z.dtype or not output.is_contiguous():
             return output + F.linear(z, self.B).to(output.dtype)
-        flat, rows = output.view(-1, output.shape[-1]), z.view(-1, z.shape[-1])
+        flat, rows = output.view(-1, output.shape[-1]), z.reshape(-1, z.shape[-1])
         if torch.is_grad_enabled():
             return torch.addmm(flat, rows, self.B.T).view(output.shape)
         flat.addmm_(rows, self.B.T)
         return output
+
+    def _route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``p [..., N]`` and ``z = A x [..., R]``, from one product if the gate looks at x."""
+        found: list[Tensor] = []
+
+        def project(x: Tensor, rows: Tensor) -> Tensor:
+            both = self._product(x, rows)
+            found.append(both[..., : -len(rows)])
+            return both[..., -len(rows) :]
+
+        # The gate is called as a module, with its own parameters: DeepSpeed's ZeRO 3 gathers them just there.
+        p = self.gate(x, project)
+        return p, found[0] if found else F.linear(x, self.down)
+
+    def _product(self, x: Tensor, rows: Tensor) -> Tensor:
+        if self._trains:
+            return F.linear(x, torch.cat([self.A, rows]))
+        if not (isinstance(rows, nn.Parameter) or rows.requires_grad):
+            return F.linear(x, self.stacked)
+        with torch.no_grad():
+            self.stacked[-len(rows) :].copy_(rows)
+        product: Tensor = _PartlyTrained.apply(x, rows, self.stacked)  # type: ignore[no-untyped-call]
+        return product
 
     def _weigh(self, z: Tensor, p: Tensor) -> Tensor:
         """Each expert's columns of ``z [..., R]`` times its probability."""
@@ -99,16 +132,43 @@ class RoutedUpdate(nn.Module):
         wide_p = p.index_select(-1, self.columns)
         return z * wide_p if torch.is_grad_enabled() else z.mul_(wide_p)
 
+    @property
+    def down(self) -> Tensor:
+        """A of all experts, ``[R, in]``."""
+        return self.A if self._trains else self.stacked[: len(self.columns)]
+
     def factors(self) -> list[LoraFactors | None]:
         """The experts, read back in float32 on the CPU; scalings are folded into B unless experts are trained."""
         found: list[LoraFactors | None] = []
-        first = 0
+        A, first = self.down, 0
         for rank, scaling in zip(self.ranks, self.scalings, strict=True):
             own = slice(first, first + rank)
             found.append(
-                LoraFactors(stored(self.A[own]), stored(self.B[:, own]), scaling if self._trains else 1.0)
-                if rank
-                else None
+                LoraFactors(stored(A[own]), stored(self.B[:, own]), scaling if self._trains else 1.0) if rank else None
             )
             first += rank
         return found
+
+
+class _PartlyTrained(torch.autograd.Function):
+    """``x · stackedᵀ`` where only the last rows of `stacked`, a copy of `rows`, take a gradient.
+
+    Autograd alone would need a second product with x, whose gradient is again as large as x, or a gradient for all rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, stacked: Tensor) -> Tensor:
+        # Not saved the usual way: every forward pass copies the same rows in again, until the optimizer's next step.
+        ctx.stacked, ctx.count = stacked, len(rows)
+        ctx.save_for_backward(x)
+        return F.linear(x, stacked)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (x,) = ctx.saved_tensors
+        by_x = above @ ctx.stacked if ctx.needs_input_grad[0] else None
+        by_rows = None
+        if ctx.needs_input_grad[1]:
+            by_rows = above[..., -ctx.count :].reshape(-1, ctx.count).T @ x.reshape(-1, x.shape[-1])
+        return by_x, by_rows, None

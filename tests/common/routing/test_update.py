@@ -20,7 +20,7 @@ Make = Callable[..., Any]
 def layer(mixture: Mixture, *, dtype: torch.dtype | None = None, **options: bool) -> RoutedUpdate:
     factors = mixture.factors("layer")
     settings, tensors = mixture.router.settings, mixture.router.tensors.get("layer", {})
-    trainable = options.get("trainable_experts", False)
+    trainable = options.pop("trainable_gate", options.get("trainable_experts", False))
     gate = make_gate(settings, tensors, len(factors), dtype=dtype or torch.float32, trainable=trainable)
     return RoutedUpdate(factors, gate, dtype=dtype, **options)
 
@@ -84,13 +84,16 @@ def test_probabilities_sum_to_one_and_nothing_else_changes(kind: str, expert: Ma
         assert torch.equal(own["layer"].B, fresh["layer"].B), "the experts are not written to"
 
 
+@pytest.mark.parametrize("experts_too", [False, True], ids=["gate alone", "experts too"])
 @pytest.mark.parametrize("kind", BY_TOKEN)
-def test_gradients_flow_where_they_should(kind: str, expert: Make, router: Make) -> None:
+def test_gradients_flow_where_they_should(kind: str, experts_too: bool, expert: Make, router: Make) -> None:
     """Against finite differences, in float64: to the input always, to experts and gate where they are trained."""
-    update = layer(mix(expert, router, kind, top_k=None), dtype=torch.float64, trainable_experts=True)
+    update = layer(
+        mix(expert, router, kind, top_k=None), dtype=torch.float64, trainable_experts=experts_too, trainable_gate=True
+    )
     x = tokens(9, 3).double().requires_grad_()
     parameters = dict(update.named_parameters())
-    assert {"A", "B"} <= set(parameters)
+    assert {"A", "B"}.issubset(parameters) == experts_too
     assert ("gate.weight" in parameters) == (kind in ("learned", "molora"))
 
     def compute(x: Tensor, *values: Tensor) -> Tensor:
@@ -118,6 +121,30 @@ def test_a_bfloat16_output_stays_bfloat16(kind: str, expert: Make, router: Make,
 
 
 # --- numbers to be done in the head -----------------------------------------------------------------------------------
+
+
+def test_gradients_of_several_passes_add_up(expert: Make, router: Make) -> None:
+    """As where one optimizer step is cut into passes."""
+    mixture = mix(expert, router, "learned")
+    together, apart = layer(mixture, trainable_gate=True), layer(mixture, trainable_gate=True)
+    x = tokens()
+    together(x, torch.zeros(2, 7, 6)).square().sum().backward()
+    losses = [apart(row, torch.zeros(7, 6)).square().sum() for row in x]
+    for loss in losses:
+        loss.backward()
+    for one, other in zip(together.parameters(), apart.parameters(), strict=True):
+        assert one.grad is not None
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_a_gate_that_is_trained_is_also_used_as_it_is_now_without_gradients(expert: Make, router: Make) -> None:
+    update, x = layer(mix(expert, router, "learned"), trainable_gate=True), tokens()
+    before = run(update, x, False)
+    with torch.no_grad():
+        for parameter in update.parameters():
+            parameter.mul_(2.0)
+    assert not torch.allclose(run(update, x, False), before)
+    torch.testing.assert_close(run(update, x, False), run(update, x, True))
 
 
 def ones(scaling: float) -> LoraFactors:
@@ -224,4 +251,4 @@ def _uniform(count: int) -> Any:
 def test_an_adapter_of_float64_is_computed_in_float64(expert: Make) -> None:
     own = Adapter({"layer": expert({"layer": (3, 4)}, 2, 0)["layer"].to(dtype=torch.float64)})
     mixture = Mixture(("one",), (own,), Router(RouterSettings()))
-    assert layer(mixture).A.dtype == torch.float64
+    assert layer(mixture).down.dtype == torch.float64
