@@ -3,8 +3,8 @@
     plan = plan_merge(inputs, "ties", options={"density": 0.3})
     for name, update in plan.modules(plan.names): ...
 
-Modules are merged one at a time, each read from its files when its turn comes, and files are hashed behind the reading,
-by a thread beside it. Memory is that of one module of all inputs, whatever the size of the model.
+Modules are merged one at a time: while one is merged and written, the next is read, and files are hashed behind the
+reading, each by a thread. Memory is that of two modules of all inputs, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -72,14 +72,22 @@ class MergePlan:
             ConfigError: if an option needs a seed and there is none.
         """
         opened = [*self.files, *([self.seed] if self.seed else [])]
-        with ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:
+        later = deque(names[1:])
+        with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "sha256") as hasher:
+            reading = reader.submit(self._read, names[0]) if names else None
             behind: deque[Future[None]] = deque()
-            for name, following in zip(names, [*names[1:], None], strict=True):
-                for file in opened:
-                    if following in file.names:
-                        file.prefetch(following)
-                yield name, self._merged(name)
-                behind.append(pool.submit(_hash_behind, opened, name))
+            for name in names:
+                assert reading is not None
+                inputs = reading.result()
+                if later:
+                    reading = reader.submit(self._read, later.popleft())
+                if later:
+                    _prefetch(opened, later[0])
+                merged = self._merged(name, *inputs)
+                del inputs  # not held while the result is written
+                yield name, merged
+                del merged
+                behind.append(hasher.submit(_hash_behind, opened, name))
                 if len(behind) > 2:
                     behind.popleft().result()
             for hashing in behind:
@@ -125,14 +133,17 @@ class MergePlan:
             notes.append(f"No adapter has {_briefly(surplus)} of the seed's modules: left out.")
         return notes
 
-    def _merged(self, name: str) -> LoraFactors:
+    def _read(self, name: str) -> tuple[list[LoraFactors | None], LoraFactors | None]:
+        """One module's updates, and the seed's."""
         # Widened before the arithmetic where the result shall be wider, so that it is rounded once.
         widened = torch.float32 if self.dtype == torch.float32 else None
         updates = [_read(file, name, widened) if name in file.names else None for file in self.files]
-        seed = None
-        if self.seed is not None:
-            held = Adapter({name: self.seed.factors(name)} if name in self.seed.names else {})
-            seed = seed_update(held, name, updates)
+        if self.seed is None:
+            return updates, None
+        held = Adapter({name: self.seed.factors(name)} if name in self.seed.names else {})
+        return updates, seed_update(held, name, updates)
+
+    def _merged(self, name: str, updates: Sequence[LoraFactors | None], seed: LoraFactors | None) -> LoraFactors:
         merged = self.method.merge_module(name, updates, self.weights, self.options, seed)
         return merged.to(dtype=self.dtype)
 
@@ -252,6 +263,12 @@ def _torch_dtype(name: str | None) -> torch.dtype | None:
 def _read(file: AdapterFile, name: str, at_least: torch.dtype | None) -> LoraFactors:
     factors = file.factors(name)
     return factors if at_least is None else factors.to(dtype=torch.promote_types(factors.A.dtype, at_least))
+
+
+def _prefetch(files: Sequence[AdapterFile], name: str) -> None:
+    for file in files:
+        if name in file.names:
+            file.prefetch(name)
 
 
 def _hash_behind(files: Sequence[AdapterFile], name: str) -> None:
