@@ -177,7 +177,9 @@ def inspect(
 def evaluate(
     model: Annotated[str, typer.Argument(help="embedded, smollm2, a directory, or a model id of the hub.")],
     tasks: Annotated[str, typer.Option(metavar="TASK_OR_JSONL,...", help="lm-eval tasks or JSON-lines files.")],
-    adapter: Annotated[Path | None, typer.Option(help="PEFT directory to apply.", show_default=False)] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="PEFT directory, or a mixture's, to apply.", show_default=False)
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.", show_default=False)] = None,
     json_: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON.", show_default=False)

@@ -19,6 +19,9 @@ from seedbed.server.evaluation.statistics import standard_error
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from seedbed.common.adapter import Adapter
+    from seedbed.common.manifest import BaseIdentity
+    from seedbed.common.routing import Mixture
     from seedbed.common.scoring import Progress, SeedbedLM
 
 _PREFERRED = ("acc", "exact_match", "acc_norm")
@@ -121,7 +124,7 @@ def evaluate_model(
 
     Args:
         model: `embedded`, `smollm2`, a directory, or a model id of the hub.
-        adapter: a PEFT directory.
+        adapter: a PEFT directory, or the directory of a mixture of experts.
         tasks: see `resolve_tasks`.
 
     Raises:
@@ -129,16 +132,25 @@ def evaluate_model(
     """
     from seedbed.common.basemodel import identify, load, resolve
     from seedbed.common.scoring import SeedbedLM
-    from seedbed.common.storage import read_adapter
 
     config = BaseModelConfig(model=model)
     # What is cheap to refuse comes first.
     directory = resolve(config)
-    update = read_adapter(adapter, base=identify(directory, model))[0] if adapter is not None else None
+    update = _wearable(adapter, identify(directory, model)) if adapter is not None else None
     found = resolve_tasks(tasks, prompt)
     lm = SeedbedLM(*load(config), batch_tokens=_BATCH_TOKENS)
     lm.set_adapter(update)
     return evaluate(lm, found, limit=limit, on_progress=on_progress)
+
+
+def _wearable(directory: Path, base: BaseIdentity) -> Adapter | Mixture:
+    from seedbed.common.routing.mixture_file import read_mixture
+    from seedbed.common.routing.router_file import ROUTER_TENSORS
+    from seedbed.common.storage import read_adapter
+
+    if (directory / ROUTER_TENSORS).exists():
+        return read_mixture(directory, base=base)[0]
+    return read_adapter(directory, base=base)[0]
 
 
 def results_table(results: Sequence[TaskResult]) -> Table:

@@ -2,108 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from village import BASE, OTHER, SHAPES, TASKS, Fault, Village, adapter, config, done, open_run, put
 
 from seedbed.common.adapter import Adapter, LoraFactors
-from seedbed.common.config import FederationConfig, parse_config
 from seedbed.common.errors import QuorumError, ResumeError, StorageError
 from seedbed.common.jobs import Hello, Job, JobResult
 from seedbed.common.manifest import BaseIdentity
-from seedbed.common.storage import DirectoryStore, read_adapter, read_manifest, write_adapter
+from seedbed.common.storage import read_adapter, read_manifest, write_adapter
 from seedbed.server.combination import Combination
 from seedbed.server.federation import Federation
 from seedbed.server.observer import Silent
 from seedbed.server.rundir import RunDirectory
 from seedbed.server.workforce import Failure
-
-BASE = BaseIdentity(name="tiny", digest="1" * 64)
-OTHER = BaseIdentity(name="other", digest="2" * 64)
-SHAPES = {"layer": (3, 2)}
-TASKS = ("a", "b", "c", "d")
-Fault = Callable[[Job, Path], "JobResult | Failure | None"]
-
-
-def config(**values: Any) -> FederationConfig:
-    return parse_config(
-        {
-            "tasks": {"experts": list(TASKS)},
-            "lora": {"rank": 1, "alpha": 1},
-            "seed": {"steps": 2},
-            "training": {"steps": 3},
-            **values,
-        }
-    )
-
-
-def adapter(b: float, module: str = "layer", rows: int = 3) -> Adapter:
-    """dW = b · ones(rows, 2)."""
-    return Adapter({module: LoraFactors(torch.ones(1, 2), torch.full((rows, 1), b), 1.0)})
-
-
-def put(store: Path, job: Job, value: Adapter, **fields: Any) -> str:
-    made = {
-        "kind": job.kind,
-        "base": BASE,
-        "parents": (job.parent,) if job.parent else (),
-        "recipe": job.recipe,
-        "metrics": {"loss": 1.0},
-        **fields,
-    }
-    place = store.parent / "made" / f"{job.name.replace(':', '-')}-{len(list(store.parent.glob('made/*')))}"
-    write_adapter(place, value, **made)
-    return DirectoryStore(store).put(place)
-
-
-class Village:
-    """Participants that "train" by adding the number of steps to B, or do what `faults` says for a job's name."""
-
-    def __init__(self, store: Path, faults: Mapping[str, Fault] | None = None) -> None:
-        self.store = store
-        self.faults = dict(faults or {})
-        self.asked: list[str] = []
-        self.hellos: dict[int, Hello | Failure] = {
-            index: Hello(node=f"node-{task}", version=version("seedbed"), base=BASE, tasks=(task,), devices=("cpu",))
-            for index, task in enumerate(TASKS)
-        }
-        self.hellos[len(TASKS)] = Hello(
-            node="all-data", version=version("seedbed"), base=BASE, tasks=TASKS, pooled=True, devices=("cpu",)
-        )
-
-    def hello(self, expected: int, deadline: float) -> Mapping[int, Hello | Failure]:
-        return self.hellos
-
-    def perform(
-        self,
-        jobs: Sequence[tuple[int, Job]],
-        deadline: float,
-        on_answer: Callable[[int, Job, JobResult | Failure], None],
-    ) -> None:
-        for node, job in jobs:
-            self.asked.append(job.name)
-            fault = self.faults.get(job.name)
-            answer = fault(job, self.store) if fault else None
-            on_answer(node, job, answer or self._train(job))
-
-    def _train(self, job: Job) -> JobResult:
-        start = 0.0
-        if job.parent:
-            parent, _ = read_adapter(DirectoryStore(self.store).open(job.parent))
-            start = float(parent["layer"].B[0, 0])
-        return done(job, put(self.store, job, adapter(start + job.training.steps + len(job.tasks[0]))))
-
-
-def done(job: Job, digest: str) -> JobResult:
-    return JobResult(node="node", name=job.name, recipe=job.recipe, digest=digest)
-
-
-def open_run(root: Path, settings: FederationConfig | None = None, resume: bool = False) -> RunDirectory:
-    return RunDirectory.open(root, settings or config(), {"data": "hash"}, resume=resume)
 
 
 def conduct(run: RunDirectory, village: Village) -> dict[str, Combination]:
