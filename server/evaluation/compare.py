@@ -148,7 +148,7 @@ def best(candidates: Mapping[str, CandidateResult], scope: Scope) -> str | None:
 
 
 def _references(measured: Sequence[Measured]) -> list[Measured]:
-    """Pseudo-candidates: every held-in task answered by its own expert, and the mean of all experts."""
+    """Pseudo-candidates that are computed from the experts' scores; see SCHEMA.md."""
     experts, tuned = (_alone(measured, group) for group in ("expert", "tuned"))
     own_tuned = [score for task, entry in tuned.items() for score in entry.scores if score.task == task]
     if not experts:
@@ -163,7 +163,8 @@ def _references(measured: Sequence[Measured]) -> list[Measured]:
     best_of = [
         max(scores, key=lambda score: score.value) for scores in by_task.values() if len(scores) == len(experts) > 1
     ]
-    return [Measured(name, scores) for name, scores in ((OWN, own), (TYPICAL, typical), (ORACLE, best_of)) if scores]
+    found = ((OWN, own), (TUNED, own_tuned), (TYPICAL, typical), (ORACLE, best_of))
+    return [Measured(name, scores) for name, scores in found if scores]
 
 
 def _alone(measured: Sequence[Measured], group: str) -> dict[str, Measured]:
