@@ -102,23 +102,23 @@ class RoutedUpdate(nn.Module):
         found: list[Tensor] = []
 
         def project(x: Tensor, rows: Tensor) -> Tensor:
-            both = self._product(x, rows)
-            found.append(both[..., : -len(rows)])
-            return both[..., -len(rows) :]
+            z, products = self._products(x, rows)
+            found.append(z)
+            return products
 
         # The gate is called as a module, with its own parameters: DeepSpeed's ZeRO 3 gathers them just there.
         p = self.gate(x, project)
         return p, found[0] if found else F.linear(x, self.down)
 
-    def _product(self, x: Tensor, rows: Tensor) -> Tensor:
+    def _products(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         if self._trains:
-            return F.linear(x, torch.cat([self.A, rows]))
-        if not (isinstance(rows, nn.Parameter) or rows.requires_grad):
-            return F.linear(x, self.stacked)
-        with torch.no_grad():
-            self.stacked[-len(rows) :].copy_(rows)
-        product: Tensor = _PartlyTrained.apply(x, rows, self.stacked)  # type: ignore[no-untyped-call]
-        return product
+            both = F.linear(x, torch.cat([self.A, rows]))
+            return both[..., : -len(rows)], both[..., -len(rows) :]
+        if isinstance(rows, nn.Parameter) or rows.requires_grad:
+            with torch.no_grad():
+                self.stacked[-len(rows) :].copy_(rows)
+        found: tuple[Tensor, Tensor] = _Products.apply(x, rows, self.stacked)  # type: ignore[no-untyped-call]
+        return found
 
     def _weigh(self, z: Tensor, p: Tensor) -> Tensor:
         """Each expert's columns of ``z [..., R]`` times its probability."""
@@ -150,25 +150,27 @@ class RoutedUpdate(nn.Module):
         return found
 
 
-class _PartlyTrained(torch.autograd.Function):
-    """``x · stackedᵀ`` where only the last rows of `stacked`, a copy of `rows`, take a gradient.
+class _Products(torch.autograd.Function):
+    """``x · stackedᵀ``, cut before its last rows, which are a copy of `rows` and alone may take a gradient.
 
-    Autograd alone would need a second product with x, whose gradient is again as large as x, or a gradient for all rows.
+    Autograd by itself would need a second product with x, whose gradient is again as large as x, or a gradient for all rows.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Tensor, stacked: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rows: Tensor, stacked: Tensor) -> tuple[Tensor, Tensor]:
         # Not saved the usual way: every forward pass copies the same rows in again, until the optimizer's next step.
-        ctx.stacked, ctx.count = stacked, len(rows)
-        ctx.save_for_backward(x)
-        return F.linear(x, stacked)
+        ctx.stacked = stacked
+        if ctx.needs_input_grad[1]:
+            ctx.save_for_backward(x)
+        both = F.linear(x, stacked)
+        return both[..., : -len(rows)], both[..., -len(rows) :]
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
-    def backward(ctx: Any, above: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (x,) = ctx.saved_tensors
-        by_x = above @ ctx.stacked if ctx.needs_input_grad[0] else None
+    def backward(ctx: Any, by_z: Tensor, by_products: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        by_x = torch.cat([by_z, by_products], dim=-1) @ ctx.stacked if ctx.needs_input_grad[0] else None
         by_rows = None
         if ctx.needs_input_grad[1]:
-            by_rows = above[..., -ctx.count :].reshape(-1, ctx.count).T @ x.reshape(-1, x.shape[-1])
+            (x,) = ctx.saved_tensors
+            by_rows = by_products.reshape(-1, by_products.shape[-1]).T @ x.reshape(-1, x.shape[-1])
         return by_x, by_rows, None
