@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import Tensor
 
-from seedbed.common import algebra
 from seedbed.common.adapter import Adapter
 from seedbed.common.config import Group
 from seedbed.common.manifest import BaseIdentity, Kind, recipe_hash
-from seedbed.common.storage import read_adapter, write_adapter
+from seedbed.common.storage import write_adapter
 from seedbed.server.candidates import Candidate, Role, needs_seed, resolve
+from seedbed.server.diagnostics import Diagnostics
 from seedbed.server.ledger import Entry
 from seedbed.server.merge_files import merge_directories
 from seedbed.server.mixtures import Mixer
@@ -89,14 +89,8 @@ class Combiner:
         return found
 
     def diagnostics(self, parts: Parts) -> dict[str, float]:
-        """How far averaging A and B apart is from the exact mean, for seeded and for unseeded experts."""
-        labels: dict[Group, str] = {"experts": "seeded", "tuned": "tuned", "unseeded": "unseeded"}
-        groups = {label: list(parts.groups.get(group, {}).values()) for group, label in labels.items()}
-        return {f"factor_gap_{label}": self._factor_gap(group) for label, group in groups.items() if len(group) > 1}
-
-    def _factor_gap(self, digests: Sequence[str]) -> float:
-        adapters = [read_adapter(self.run.store.open(digest))[0] for digest in digests]
-        return float(algebra.factor_gap(adapters).overall)
+        """See `Diagnostics.all`."""
+        return Diagnostics(self.run).all(resolve(self.run.config), parts.groups)
 
     def _candidate(self, candidate: Candidate, parts: Parts) -> list[Combination]:
         group = parts.groups.get(candidate.of, {})

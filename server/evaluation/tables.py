@@ -279,9 +279,19 @@ _DIAGNOSTICS = {
 }
 
 
+_ORDER = "order_sensitivity_"
+
+
 def diagnostics(results: Results) -> list[str]:
     """Each diagnostic as a sentence."""
-    return [
-        _DIAGNOSTICS[name].format(value=percent(value)) if name in _DIAGNOSTICS else f"{name}: {value:.4g}"
-        for name, value in results.diagnostics.items()
-    ]
+    return [_diagnostic(results, name, value) for name, value in results.diagnostics.items()]
+
+
+def _diagnostic(results: Results, name: str, value: float) -> str:
+    if name in _DIAGNOSTICS:
+        return _DIAGNOSTICS[name].format(value=percent(value))
+    if name.startswith(_ORDER):
+        candidate = results.candidates.get(name.removeprefix(_ORDER))
+        label = candidate.label if candidate is not None else name.removeprefix(_ORDER)
+        return f"Folding the adapters in in another order changes “{label}” by {percent(value)} of its size."
+    return f"{name}: {value:.4g}"

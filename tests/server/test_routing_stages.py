@@ -119,6 +119,21 @@ def test_molora_brings_its_own_experts(tmp_path: Path) -> None:
     assert (run.adapters / "molora/experts/3-d/adapter_model.safetensors").exists()
 
 
+def test_diagnostics_tell_how_much_an_order_matters_and_are_computed_once(tmp_path: Path) -> None:
+    run = open_run(
+        tmp_path / "run", routed("iterative", {"name": "mean", "method": "iterative", "options": {"combine": "mean"}})
+    )
+    federation = Federation(run, Village(run.root / "store"), BASE, SHAPES, Silent())
+    federation.conduct()
+    # All experts are one update times a number, so the largest is the same in every order; a running mean is not.
+    assert federation.diagnostics["order_sensitivity_iterative"] == pytest.approx(0, abs=1e-5)
+    assert federation.diagnostics["factor_gap_seeded"] == pytest.approx(0, abs=1e-5)
+    for kept in (run.root / "evaluations").glob("*.number.json"):
+        kept.write_text("0.25")
+    federation.conduct()
+    assert set(federation.diagnostics.values()) == {0.25}
+
+
 def test_merges_take_options_groups_and_the_seed(tmp_path: Path) -> None:
     scaled = {"name": "louder", "method": "average", "options": {"task_scale": 2.0}}
     run = open_run(
