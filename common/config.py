@@ -288,7 +288,7 @@ class EvaluationSettings(Section):
     limit: PositiveInt | None = None
     """Score at most so many examples of a task (the first of its test file)."""
     expert_tasks: Literal["all", "own"] = "all"
-    """Whether an expert alone is measured on every task or only on its own."""
+    """Whether an expert alone is measured on every task or only on its own; a routing-tuned one always on its own."""
     batch_tokens: PositiveInt = 8192
     """Bound on the tokens of one forward pass."""
     drift: bool = True

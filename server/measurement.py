@@ -99,7 +99,9 @@ class Measurement:
         return own + (resolve_tasks(config.evaluation.extra) if config.evaluation.extra else [])
 
     def _for(self, candidate: Combination, tasks: Sequence[EvalTask]) -> list[EvalTask]:
-        own_only = candidate.task is not None and self.run.config.evaluation.expert_tasks == "own"
+        alone = candidate.task is not None
+        tuned = alone and not candidate.name.startswith("expert:")  # asked whether it still does its own task
+        own_only = alone and (tuned or self.run.config.evaluation.expert_tasks == "own")
         return [task for task in tasks if not own_only or task.name == candidate.task]
 
     def _key(self, candidate: Combination, task: EvalTask) -> str:

@@ -50,6 +50,23 @@ def router_loads(results: Results, name: str) -> str:
     return grid_of_numbers(f"loads-{name}", title, list(use.tasks), list(use.names), rows)
 
 
+def router_depth(results: Results, name: str) -> str:
+    """Mean probability of each expert (rows) in every adapted module (columns), over all tasks."""
+    use = used(results)[name]
+    grid = list(zip(*([100 * share for share in layer.load] for layer in use.layers.values()), strict=True))
+    label = results.candidates[name].label
+    with figure(0.24 * len(use.names) + 1.5) as (whole, axes, svg):
+        drawn = axes.pcolormesh(grid, cmap="viridis", vmin=0, vmax=max(1e-9, *(max(row) for row in grid)))
+        axes.invert_yaxis()
+        axes.set_yticks([index + 0.5 for index in range(len(use.names))], use.names)
+        axes.set_xlabel("adapted module, by name")
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        whole.colorbar(drawn, ax=axes, label="%", pad=0.02)
+    told = ", ".join(f"{expert} {percent(share)}" for expert, share in zip(use.names, use.overall.load, strict=True))
+    return svg(f"depth-{name}", f"{label}: mean probability of each expert by module", f"Over all modules: {told}")
+
+
 def router_layers(results: Results) -> str:
     """Relative entropy of each router in every layer: where it chooses, and where it does not."""
     found = used(results)

@@ -85,7 +85,8 @@ def _routers(results: Results) -> str:
         loads = beside.loads(results, name)
         drawn = _figure(beside_plots.router_loads(results, name), told, wide=True)
         table = f"<details><summary>As a table</summary>{_table(loads, caption=False)}</details>"
-        parts.append(f"<h3>{escape(loads.caption)}</h3>{drawn}{table}")
+        depth = _figure(beside_plots.router_depth(results, name), "The same by module, over all tasks.")
+        parts.append(f"<h3>{escape(loads.caption)}</h3>{drawn}{depth}{table}")
     return figure + _table(grid) + "".join(parts)
 
 

@@ -134,6 +134,7 @@ def test_the_report_shows_all_of_it_and_results_are_read_back(tmp_path: Path) ->
     for section in ("general", "routers"):
         assert f'<section id="{section}">' in page
     assert re.search(r'<desc id="loads-learned-desc">', page)
+    assert re.search(r'<desc id="depth-learned-desc">Over all modules: sum 70\.0 %, mood 30\.0 %', page)
     assert re.search(r'<desc id="drift-desc">[^<]*seeded average 0\.100 and 40\.0', page)
     text = (tmp_path / "report.md").read_text()
     assert "What routing tuning changed" in text
