@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group
@@ -49,12 +49,60 @@ def stages(config: FederationConfig, shapes: Shapes | None) -> list[StagePlan]:
     elif config.seed.mode == "public":
         rows.append(("seed, public sample", [planner.public_seed()]))
     rows.append(("experts", planner.experts(start, tasks)))
-    if planner.wants("unseeded"):
+    if planner.wants_group("tuned"):
+        rows.append(("routing-tuned experts", planner.tuned(start, tasks)))
+    if planner.wants_group("unseeded"):
         rows.append(("unseeded experts", planner.unseeded(tasks)))
     if planner.wants("joint"):
         rows.append(("joint adapter", [planner.joint(tasks)]))
-    size = adapter_bytes(shapes, config.lora.rank) if shapes is not None else None
+    rows += [(job.name, [job]) for job in planner.molora(tasks)]
+    rows += _routers(planner, tasks)
+    size = None if shapes is None else Sizes.of(shapes, config)
     return [_stage(name, jobs, size) for name, jobs in rows]
+
+
+def _routers(planner: Planner, tasks: Sequence[str]) -> list[tuple[str, list[Job]]]:
+    """Stages of gates and learned routers; what is trained twice for two candidates is counted once."""
+    rows: list[tuple[str, list[Job]]] = []
+    seen: set[str] = set()
+    for candidate in planner.candidates:
+        experts = {task: f"{candidate.of}:{task}" for task in tasks}
+        if candidate.trains_gates:
+            rows.append((f"gates of {candidate.of}", planner.gates(candidate.of, experts)))
+        elif candidate.trains_router:
+            for index in range(planner.router_rounds):
+                jobs = planner.routers(candidate, index, f"round-{index}" if index else None, experts)
+                rows.append((f"router {candidate.name}, round {index + 1}", jobs))
+    kept = []
+    for name, jobs in rows:
+        new = [job for job in jobs if job.recipe not in seen]
+        seen |= {job.recipe for job in new}
+        kept += [(name, new)] if new else []
+    return kept
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes of what travels through the store."""
+
+    adapter: int
+    router_row: int
+    """What one expert adds to a router."""
+
+    @classmethod
+    def of(cls, shapes: Shapes, config: FederationConfig) -> Sizes:
+        rows = _BYTES * sum(inputs + 1 for _, inputs in shapes.values())
+        return cls(adapter_bytes(shapes, config.lora.rank), rows)
+
+    def moved(self, job: Job) -> int:
+        """What one job fetches and hands in."""
+        if job.kind == "gate":
+            return self.adapter + self.router_row
+        if job.kind == "router":
+            return len(job.experts) * (self.adapter + self.router_row * (2 if job.parent else 1))
+        if job.kind == "molora":
+            return len(job.names) * (self.adapter + self.router_row)
+        return self.adapter * (2 if job.parent else 1)
 
 
 def plan_tables(config: FederationConfig, shapes: Shapes | None, tests: Mapping[str, int] | None) -> Group:
@@ -83,11 +131,11 @@ def plan_tables(config: FederationConfig, shapes: Shapes | None, tests: Mapping[
     return Group(training, _evaluation(config, tests), _sizes(config, shapes))
 
 
-def _stage(name: str, jobs: list[Job], size: int | None) -> StagePlan:
+def _stage(name: str, jobs: list[Job], size: Sizes | None) -> StagePlan:
     steps = sum(job.training.steps for job in jobs)
     examples = sum(job.training.steps * job.training.batch_size for job in jobs)
-    transfers = sum(2 if job.parent else 1 for job in jobs)
-    return StagePlan(name, len(jobs), steps, examples, None if size is None else size * transfers)
+    moved = None if size is None else sum(size.moved(job) for job in jobs)
+    return StagePlan(name, len(jobs), steps, examples, moved)
 
 
 def _evaluation(config: FederationConfig, tests: Mapping[str, int] | None) -> Table:
@@ -108,6 +156,12 @@ def _evaluation(config: FederationConfig, tests: Mapping[str, int] | None) -> Ta
             table.add_row(
                 f"{len(config.tasks.experts)} experts, each its own task", str(len(config.tasks.experts)), _count(own)
             )
+        elif name == "tuned":
+            own = None if tests is None else sum(min(tests[t], limit or tests[t]) for t in config.tasks.experts)
+            count = len(config.tasks.experts)
+            table.add_row(f"{count} tuned experts, each its own task", str(count), _count(own))
+        elif name == "oracle":
+            table.add_row("oracle, from the experts' scores", "", "")
         elif name == "experts":
             count = len(config.tasks.experts)
             table.add_row(f"{count} experts", f"{count} × {measured}", _count(None if items is None else count * items))

@@ -93,3 +93,38 @@ def test_without_a_seed_nobody_trains_for_one() -> None:
     plan = Planner(parse_config(values), BASE)
     assert plan.unseeded(["a"])[0].training.steps == 20
     assert [stage.name for stage in stages(plan.config, None)] == ["experts", "unseeded experts"]
+
+
+def test_gates_and_routers_are_planned_once_for_all_candidates_that_share_them() -> None:
+    slow = {"name": "slow", "router": "sequence", "over": "learned"}
+    values = {
+        "tasks": {"experts": ["a", "b"]},
+        "lora": {"rank": 1},
+        "training": {"steps": 20, "batch_size": 4},
+        "combine": {
+            "candidates": ["learned", slow, "phatgoose", "molora"],
+            "routing": {"steps": 5, "rounds": 2, "gate_steps": 7},
+        },
+    }
+    found = {stage.name: stage for stage in stages(parse_config(values), {"layer": (3, 2)})}
+    assert not any("slow" in name for name in found)
+    assert (found["router learned, round 2"].jobs, found["router learned, round 2"].steps) == (2, 10)
+    adapter, row = 4 * (3 + 2), 4 * (2 + 1)
+    assert found["router learned, round 1"].bytes_moved == 2 * 2 * (adapter + row), "experts there, a router back"
+    assert found["gates of experts"].steps == 14
+    assert found["molora"].steps == 2 * (20 + 20), "as many as the joint adapter"
+
+
+def test_a_routers_candidates_over_other_experts_are_trained_apart() -> None:
+    values = {
+        "tasks": {"experts": ["a", "b"]},
+        "combine": {"candidates": ["learned", {"name": "learned_tuned", "router": "learned", "of": "tuned"}]},
+    }
+    plan = Planner(parse_config(values), BASE)
+    plain, tuned = (
+        plan.routers(candidate, 0, None, {"a": f"{candidate.of}-a", "b": f"{candidate.of}-b"})
+        for candidate in plan.candidates
+    )
+    assert plain[0].recipe != tuned[0].recipe
+    assert plan.wants_group("tuned")
+    assert plan.needs_general_text
