@@ -1,7 +1,8 @@
 """What a layer must know of the forward pass it is in: which tokens are padding, and which precede which.
 
 A router by sequence averages over "the tokens so far", so every token needs to know its predecessors: those that the model
-lets it attend to. A hook on the model reads them off the inputs of the pass:
+lets it attend to (but for a sliding window of its own making, which the average does not have). A hook on the model reads them
+off the inputs of the pass:
 
 | inputs | predecessors of a token |
 | --- | --- |
@@ -16,9 +17,9 @@ For the last, the running sums of every layer are kept on the cache itself: they
 from __future__ import annotations
 
 import inspect
+import uuid
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import MethodType
 from typing import Any
 
 import torch
@@ -27,29 +28,8 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from seedbed.common.errors import ConfigError
+from seedbed.common.routing.cache_state import CacheState, Sums, recall, remember
 from seedbed.common.routing.gates import Gate, Project
-
-Sums = tuple[Tensor, Tensor]
-"""Sum of the probabilities ``[rows, N]`` and number of the tokens ``[rows, 1]`` so far."""
-_STATE = "seedbed_routing"
-_MOVES = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave")
-"""Methods by which a cache's rows change places, as in beam search."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class CacheState:
-    """What the routers of a model remember of the tokens in a key/value cache."""
-
-    tokens: int
-    sums: dict[str, Sums]
-
-    def moved(self, method: str, argument: Any) -> CacheState:
-        def move(rows: Tensor) -> Tensor:
-            if method == "batch_repeat_interleave":
-                return rows.repeat_interleave(argument, dim=0)
-            return rows[torch.as_tensor(argument, device=rows.device)]
-
-        return CacheState(self.tokens, {name: (move(total), move(count)) for name, (total, count) in self.sums.items()})
 
 
 @dataclass(eq=False)
@@ -134,7 +114,8 @@ class PassWatch:
     """
 
     def __init__(self, model: nn.Module, *, carry: bool) -> None:
-        self._model, self._carry = model, carry
+        # Not the object itself: it would be copied along with a cache.
+        self._owner = uuid.uuid4().hex if carry else None
         self.current: Pass | None = None
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -154,19 +135,19 @@ class PassWatch:
     def _begin(self, model: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if arguments:
             named = {**inspect.signature(model.forward).bind_partial(*arguments).arguments, **named}
-        self.current = read_pass(model, named, carry=self._carry)
+        self.current = read_pass(model, named, self._owner)
 
     def _end(self, _model: nn.Module, _arguments: Any, named: dict[str, Any], output: Any) -> None:
         now = self.current
         if not torch.is_grad_enabled():
             # With gradients it stays until the next pass: checkpointing computes layers again in the backward pass.
             self.current = None
-        if not self._carry or now is None or not now.kept:
+        if self._owner is None or now is None or not now.kept:
             return
         cache = named.get("past_key_values")
         cache = getattr(output, "past_key_values", None) if cache is None else cache
         if cache is not None:
-            _remember(cache, CacheState(_length(cache), now.kept))
+            remember(cache, self._owner, now.kept)
 
 
 class SequenceGate(Gate):
@@ -198,11 +179,14 @@ class SequenceGate(Gate):
         return self.gate.tensors()
 
 
-def read_pass(model: nn.Module, inputs: dict[str, Any], *, carry: bool) -> Pass | None:
+def read_pass(model: nn.Module, inputs: dict[str, Any], owner: str | None) -> Pass | None:
     """What the inputs of a transformers model say of a pass; none where they hold no tokens.
 
+    Args:
+        owner: of the sums that a cache carries; none leaves caches alone.
+
     Raises:
-        ConfigError: if sums are to be carried and the cache holds tokens that were not routed, or not all of them.
+        ConfigError: if the cache holds tokens that the owner did not route, or not all that it did.
     """
     ids = inputs.get("input_ids")
     tokens = inputs.get("inputs_embeds") if ids is None else ids
@@ -210,7 +194,7 @@ def read_pass(model: nn.Module, inputs: dict[str, Any], *, carry: bool) -> Pass 
         return None
     rows, width = tokens.shape[:2]
     cache = inputs.get("past_key_values")
-    found = Pass((rows, width), ids=ids, past=_recall(cache) if carry and cache is not None else None)
+    found = Pass((rows, width), ids=ids, past=recall(cache, owner) if owner is not None and cache is not None else None)
     mask = inputs.get("attention_mask")
     if isinstance(mask, dict):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
@@ -230,41 +214,3 @@ def read_pass(model: nn.Module, inputs: dict[str, Any], *, carry: bool) -> Pass 
 def _uses_cache(model: nn.Module, inputs: dict[str, Any]) -> bool:
     asked = inputs.get("use_cache")
     return bool(getattr(getattr(model, "config", None), "use_cache", False) if asked is None else asked)
-
-
-def _length(cache: Any) -> int:
-    return int(cache.get_seq_length())
-
-
-def _recall(cache: Any) -> CacheState | None:
-    length = _length(cache)
-    state: CacheState | None = getattr(cache, _STATE, None)
-    known = state.tokens if state is not None else 0
-    if length == 0:
-        return None
-    if known != length:
-        raise ConfigError(
-            f"the key/value cache holds {length} tokens, of which the router by sequence has seen {known}",
-            "Fill it with this mixture on the model, and do not cut it.",
-        )
-    return state
-
-
-def _remember(cache: Any, state: CacheState) -> None:
-    fresh = not hasattr(cache, _STATE)
-    setattr(cache, _STATE, state)
-    if fresh:
-        for name in _MOVES:
-            if hasattr(cache, name):
-                setattr(cache, name, MethodType(_MOVERS[name], cache))
-
-
-def _mover(method: str) -> Any:
-    def move(cache: Any, argument: Any) -> None:
-        getattr(type(cache), method)(cache, argument)
-        setattr(cache, _STATE, getattr(cache, _STATE).moved(method, argument))
-
-    return move
-
-
-_MOVERS = {name: _mover(name) for name in _MOVES}

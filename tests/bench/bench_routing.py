@@ -214,11 +214,11 @@ def time_sides(shape: Shape, turns: int) -> dict[str, list[float]]:
 
 def weigh_side(side: str, shape: Shape) -> int:
     """Peak bytes of one run above what was there before it."""
-    from bench_merge import _PeakMemory
+    from peak_memory import PeakMemory
 
     prepare(side, Shape(2, 2, 64, 8, shape.backward))()  # loads the libraries' code and buffers
     run = prepare(side, shape)
-    with _PeakMemory() as memory:
+    with PeakMemory() as memory:
         run()
     return int(memory.extra)
 

@@ -174,6 +174,10 @@ def test_a_cache_that_was_not_routed_or_was_cut_is_refused(slot: MixtureSlot, mo
     with pytest.raises(ConfigError, match="holds 9 tokens, of which the router by sequence has seen 0"):
         run(model, [[1]], use_cache=True, past_key_values=foreign)
     own = run(model, [LONG], use_cache=True).past_key_values
+    slot.put(mixture("sequence", temperature=0.5))
+    with pytest.raises(ConfigError, match="has seen 0"):  # another mixture
+        run(model, [[1]], use_cache=True, past_key_values=own)
+    own = run(model, [LONG], use_cache=True).past_key_values
     own.crop(-3)
     with pytest.raises(ConfigError, match="holds 6 tokens, of which the router by sequence has seen 9"):
         run(model, [[1]], use_cache=True, past_key_values=own)
