@@ -47,6 +47,7 @@ def tuning(results: Results) -> Grid | None:
     if not tasks:
         return None
     rows = [[task, *_accuracies(plain[task], tuned[task], task), *_silence(plain[task], tuned[task])] for task in tasks]
+    rows.append([_MEAN, *_tuning_means([plain[task] for task in tasks], [tuned[task] for task in tasks], tasks)])
     effect = results.effect("tuned:own", "experts:own", "held_in")
     told = ""
     if effect is not None:
@@ -56,6 +57,21 @@ def tuning(results: Results) -> Grid | None:
     headers = ["expert", "own task", "tuned", "KL", "tuned", "update", "tuned"]
     note = f"Each pair: trained plainly, and with routing tuning. KL and update are on general text.{told}"
     return Grid("What routing tuning changed", headers, rows, note=note)
+
+
+def _tuning_means(
+    plain: Sequence[CandidateResult], tuned: Sequence[CandidateResult], tasks: Sequence[str]
+) -> list[str]:
+    cells = []
+    for group in (plain, tuned):
+        values = [one.tasks[task].value for one, task in zip(group, tasks, strict=True) if task in one.tasks]
+        cells.append(percent(sum(values) / len(values)) if len(values) == len(tasks) else "")
+    drifts = [[one.general for one in group if one.general is not None] for group in (plain, tuned)]
+    whole = all(len(group) == len(tasks) for group in drifts)
+    kls = [_number(sum(one.kl for one in group) / len(group)) if whole else "" for group in drifts]
+    norms = [[one.update_norm for one in group if one.update_norm is not None] for group in drifts]
+    sizes = [_number(sum(group) / len(group)) if len(group) == len(tasks) else "" for group in norms]
+    return [*cells, *kls, *sizes]
 
 
 def _accuracies(plain: CandidateResult, tuned: CandidateResult, task: str) -> list[str]:
@@ -115,5 +131,9 @@ def _group(results: Results, group: str) -> dict[str, CandidateResult]:
 
 
 def _number(value: float) -> str:
-    """Three significant digits; tiny numbers as 0."""
-    return "0" if abs(value) < 1e-6 else f"{value:.3g}" if value < 0.001 or value >= 100 else f"{value:.3f}"
+    """Three or four decimals; what is smaller is said to be so."""
+    if value == 0:
+        return "0"
+    if value < 0.0001:
+        return "< 0.0001"
+    return f"{value:.4f}" if value < 0.01 else f"{value:.3f}" if value < 100 else f"{value:.0f}"

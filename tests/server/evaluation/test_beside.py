@@ -94,6 +94,7 @@ def test_routing_tuning_is_told_task_by_task_with_the_difference_over_all() -> N
     grid = beside.tuning(results)
     assert cells(grid)["sum"] == ["80.0 %", "78.0 %", "0.200", "0.020", "2.000", "0.200"]
     assert cells(grid)["mood"] == ["60.0 %", "62.0 %", "0.400", "0.040", "4.000", "0.400"]
+    assert cells(grid)["mean"] == ["70.0 %", "70.0 %", "0.300", "0.030", "3.000", "0.300"]
     effect = results.effect("tuned:own", "experts:own", "held_in")
     assert effect is not None
     assert effect.difference == pytest.approx(0)
