@@ -59,8 +59,11 @@ def iterative(module: Module, options: IterativeOptions) -> LoraFactors:
     Weights: `mean` is the running weighted mean, which without cuts is the exact average. `max_abs` has none.
 
     In space dense each fold forms the dense update in tiles and finds its leading singular triples by `partial_svd`, from
-    those of its two terms: N = 8, r = 16, 4096 × 4096 in float32 takes half a second, and is within 1e-4 of float64 with full
-    decompositions (measured at 1024 × 1024).
+    those of its two terms: N = 8, r = 16, 4096 × 4096 in float32 takes about 0.6 s on two cores.
+
+    Precision, against float64 with full decompositions at 1024 × 1024: 1e-6 for experts of one seed; 1e-8 for float64
+    inputs. For independent experts in float32 about 1e-2, and as much with full decompositions: where two entries of
+    opposite signs are equal in size, max_abs jumps, so that a rounding of ε becomes an error of about √ε at each fold.
 
     Source: I-LoRA, iterative merging of routing-tuned low-rank adapters (OpenReview CRkoMdDlFh, 2024).
 

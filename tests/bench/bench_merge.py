@@ -4,7 +4,11 @@ Eight LoRA adapters of rank 16 on one square linear layer are averaged and cut t
 Every measurement has a process of its own, so that memory is what this work took: peak resident set minus the resident
 set before. The error is that of the result against the best rank-16 approximation in float64.
 
-    python tests/bench/bench_merge.py [--json FILE] [--sizes 1024,2048] [--threads 2]
+Then the iterative merge, on one layer and on all 224 modules of a 7B model (see merge_iterative.py).
+
+    python tests/bench/bench_merge.py [--json FILE] [--sizes 1024,2048] [--threads 2] [--layers 32] [--large]
+
+`--large` adds 4096², where PEFT takes minutes. `--layers` less than 32 takes part of the 7B model, and 0 none.
 """
 
 from __future__ import annotations
@@ -14,15 +18,21 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peak_memory import PeakMemory
+
 N, RANK = 8, 16
 REPEATS = {"seedbed": 30, "peft": {1024: 3, 2048: 2}}
-GOALS = {1024: {"speed": 80.0, "memory": 50.0}, 2048: {"speed": 500.0, "memory": 50.0}}
+GOALS = {
+    1024: {"speed": 80.0, "memory": 50.0},
+    2048: {"speed": 500.0, "memory": 50.0},
+    4096: {"speed": 1000.0, "memory": 50.0},
+}
+LARGE = 4096
 
 
 def make_inputs(size: int) -> list[tuple[Any, Any]]:
@@ -87,7 +97,7 @@ def measure(side: str, size: int, repeats: int) -> dict[str, Any]:
 
     PREPARE[side](256)()  # loads the libraries' code and buffers, so that they are not counted as the merge's
     merge = PREPARE[side](size)
-    with _PeakMemory() as memory:
+    with PeakMemory() as memory:
         start = time.perf_counter()
         A, B = merge()
         first = time.perf_counter() - start
@@ -97,43 +107,6 @@ def measure(side: str, size: int, repeats: int) -> dict[str, Any]:
         merge()
         times.append(time.perf_counter() - start)
     return {"seconds": times, "bytes": memory.extra, "error": _error(A.double(), B.double(), size, torch)}
-
-
-class _PeakMemory:
-    """Peak resident bytes above those before: the kernel's high-water mark where it can be reset, else sampled."""
-
-    def __enter__(self) -> _PeakMemory:
-        import gc
-
-        import psutil
-
-        gc.collect()
-        self._process = psutil.Process()
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-            self._exact = True
-        except OSError:
-            self._exact = False
-        self._before = self._peak = self._process.memory_info().rss
-        self._done = threading.Event()
-        self._sampler = threading.Thread(target=self._sample, daemon=True)
-        if not self._exact:
-            self._sampler.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        if self._exact:
-            status = Path("/proc/self/status").read_text()
-            line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
-            self._peak = int(line.split()[1]) * 1024
-        else:
-            self._sampler.join()
-        self.extra = max(0, self._peak - self._before)
-
-    def _sample(self) -> None:
-        while not self._done.wait(0.0005):
-            self._peak = max(self._peak, self._process.memory_info().rss)
 
 
 def _error(A: Any, B: Any, size: int, torch: Any) -> float:
@@ -150,12 +123,13 @@ def _error(A: Any, B: Any, size: int, torch: Any) -> float:
     return float(torch.linalg.norm(B @ A - best) / torch.linalg.norm(best))
 
 
-def run_side(side: str, size: int, repeats: int, threads: int) -> dict[str, Any]:
+def run_side(side: str, size: int, repeats: int, threads: int, layers: int = 0) -> dict[str, Any]:
     """Measure in a fresh interpreter."""
     import os
 
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, __file__, "--side", side, "--sizes", str(size), "--repeats", str(repeats)]
+    command += ["--layers", str(layers)]
     output = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
     result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result
@@ -202,22 +176,56 @@ def show(rows: list[dict[str, Any]], threads: int) -> None:
     Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
+def show_iterative(found: dict[str, Any], threads: int) -> None:
+    import merge_iterative
+    from rich.console import Console
+
+    table = merge_iterative.table(found["layer"], found["model"], threads)
+    Console(width=None if sys.stdout.isatty() else 110).print(table)
+
+
+def measure_side(options: argparse.Namespace) -> dict[str, Any]:
+    """What a fresh interpreter was started for."""
+    if options.side in PREPARE:
+        return measure(options.side, int(options.sizes), options.repeats)
+    import merge_iterative
+
+    return (
+        merge_iterative.measure_layer(options.repeats)
+        if options.side == "iterative"
+        else merge_iterative.measure_model(options.layers)
+    )
+
+
+def iterative(threads: int, layers: int) -> dict[str, Any]:
+    layer = run_side("iterative", 0, 5, threads)
+    return {"layer": layer, "model": run_side("model", 0, 1, threads, layers) if layers else None}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the measurements to this file")
-    parser.add_argument("--sizes", default="1024,2048", help="sides of the square layers")
+    parser.add_argument("--sizes", default="1024,2048", help="sides of the square layers; empty for none")
+    parser.add_argument("--large", action="store_true", help=f"also {LARGE}², where PEFT takes minutes: once each")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--side", choices=sorted(PREPARE), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--layers", type=int, default=32, help="layers of the 7B model for iterative; fewer extrapolate"
+    )
+    parser.add_argument("--side", choices=[*sorted(PREPARE), "iterative", "model"], help=argparse.SUPPRESS)
     parser.add_argument("--repeats", type=int, default=1, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    sizes = [int(size) for size in options.sizes.split(",")]
     if options.side:
-        print(json.dumps(measure(options.side, sizes[0], options.repeats)))
+        print(json.dumps(measure_side(options)))
         return
+    sizes = [int(size) for size in options.sizes.split(",") if size] + [LARGE] * options.large
     rows = [compare(size, options.threads) for size in sizes]
-    show(rows, options.threads)
+    if rows:
+        show(rows, options.threads)
+    folded = iterative(options.threads, options.layers)
+    show_iterative(folded, options.threads)
     if options.json:
-        options.json.write_text(json.dumps({"threads": options.threads, "rows": rows}, indent=2) + "\n")
+        found = {"threads": options.threads, "rows": rows, "iterative": folded}
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
