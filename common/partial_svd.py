@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from seedbed.common.errors import NonFiniteError
 from seedbed.common.lowrank import SVD
 
 _EXTRA = 6
@@ -50,10 +51,14 @@ def partial_svd(
 
     Returns:
         In the matrix's dtype, S falling. The same inputs give the same bits.
+
+    Raises:
+        NonFiniteError: if the matrix holds NaN or infinity, or so large numbers that their squares are.
     """
     rank = min(rank, *matrix.shape)
     width = max(rank, 0 if hints is None else hints.shape[1]) + _EXTRA
     if min(matrix.shape) <= 2 * width:
+        _require_finite(matrix)
         U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
         return SVD(U[:, :rank], S[:rank], Vh[:rank])
     search = _Search(matrix, rank)
@@ -89,6 +94,14 @@ def orthonormal(columns: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
     return Q
 
 
+def _require_finite(values: Tensor) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise NonFiniteError(
+            "a merged update holds NaN, infinity, or numbers near the largest there are",
+            "Check the adapters that are merged.",
+        )
+
+
 class _Side:
     """An orthonormal basis of one side, its image under the matrix, and the image's Gram matrix, all growing by blocks."""
 
@@ -102,7 +115,7 @@ class _Side:
         """Take what is new in a block into the basis; returns its image."""
         room = self.basis.shape[0] - self.basis.shape[1]
         new = self._orthonormal(block[:, : max(0, room)])
-        image = self.apply @ new
+        image = (new.T @ self.apply.T).T  # as `apply @ new`, in the order that is faster where `apply` is transposed
         self._append(new, image)
         return image
 
@@ -137,6 +150,7 @@ class _Side:
         self.basis = torch.cat([self.basis, new], dim=1)
         self.image = torch.cat([self.image, image], dim=1)
         column = self.image.double().T @ image.double()
+        _require_finite(column)
         old, both = self.gram.shape[0], column.shape[0]
         gram = column.new_empty(both, both)
         gram[:old, :old], gram[:, old:], gram[old:, :old] = self.gram, column, column[:old].T

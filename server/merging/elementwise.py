@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from seedbed.common.adapter import LoraFactors
+from seedbed.common.errors import NonFiniteError
 
 Majority = Literal["total", "frequency"]
 _TILE_BYTES = 1 << 20
@@ -170,7 +171,8 @@ def _magnitude_of_rank(matrix: Matrix, count: int) -> float:
         rank = count - above
         if 1 <= rank <= len(within):
             return float(within.kthvalue(len(within) - rank + 1).values)
-    raise AssertionError("unreachable: between 0 and infinity there is every entry")
+    # Between 0 and infinity there is every number.
+    raise NonFiniteError("an update to be merged holds NaN", "Check the adapters that are merged.")
 
 
 def _counted(matrix: Matrix, lower: float, upper: float) -> tuple[int, Tensor]:

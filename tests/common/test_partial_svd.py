@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from seedbed.common import partial_svd as module
+from seedbed.common.errors import NonFiniteError
 from seedbed.common.partial_svd import partial_svd
 
 ROWS, COLUMNS = 150, 120
@@ -109,3 +110,12 @@ def test_the_same_matrix_gives_the_same_bits_and_is_not_changed() -> None:
     one, two = partial_svd(matrix, 5), partial_svd(matrix, 5)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert torch.equal(matrix, before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("size", [5, 100])
+def test_what_is_no_number_is_refused(value: float, size: int) -> None:
+    matrix = torch.ones(size, size)
+    matrix[1, 2] = value
+    with pytest.raises(NonFiniteError):
+        partial_svd(matrix, 2)

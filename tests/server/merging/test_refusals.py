@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from seedbed.common.adapter import Adapter, LoraFactors
-from seedbed.common.errors import AdapterMismatchError, ConfigError
+from seedbed.common.errors import AdapterMismatchError, ConfigError, NonFiniteError
 from seedbed.server.merging import METHODS, method_named
 
 ONE = Adapter({"m": LoraFactors(torch.ones(1, 2), torch.ones(2, 1), 1.0)})
@@ -113,3 +113,10 @@ def test_updates_of_different_layers_are_refused(method: Any) -> None:
         method.merge([ONE, other])
     with pytest.raises(ConfigError, match="no adapter to merge"):
         method.merge([])
+
+
+@pytest.mark.parametrize("name", ["ties", "magnitude_prune", "iterative"])
+def test_updates_that_hold_no_numbers_are_refused(name: str) -> None:
+    broken = Adapter({"m": LoraFactors(torch.full((1, 2), float("nan")), torch.ones(2, 1), 1.0)})
+    with pytest.raises(NonFiniteError, match="NaN"):
+        METHODS[name].merge([ONE, broken], None, METHODS[name].parse({"rank": 1}))
