@@ -88,7 +88,8 @@ def _train(spec: TrainSpec, work: Path, store: DirectoryStore, deadline: float |
     shutil.rmtree(spec.output, ignore_errors=True)  # of an earlier try that was interrupted before the store had it
     work.mkdir(parents=True, exist_ok=True)
     with (work / "progress.jsonl").open("w", encoding="utf-8") as progress:
-        run(spec, on_event=_writer(progress.write, progress.flush), deadline=deadline, log=work / "training.log")
+        on_event = _writer(progress.write, progress.flush)
+        run(spec, on_event=on_event, deadline=deadline, log=work / "training.log", warm=True)
     digest = put_result(spec.output, store)
     shutil.rmtree(spec.output, ignore_errors=True)
     return digest

@@ -6,6 +6,7 @@ and nothing keeps running, however this process ends.
 
 from __future__ import annotations
 
+import atexit
 import base64
 import json
 import os
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import IO, Any
 
 import torch
 
+from seedbed.client.nursery import Nursery, NurseryGoneError, NurseryProcess
 from seedbed.client.outcome import manifest_of
 from seedbed.client.training import TrainSpec, choose_engine
 from seedbed.client.worker import MEMORY_HINT, WATCH
@@ -57,10 +59,13 @@ def run(
     on_event: Callable[[dict[str, Any]], None] | None = None,
     deadline: float | None = None,
     log: Path,
+    warm: bool = False,
 ) -> TrainOutcome:
     """Train in processes of their own and wait for the result.
 
     Args:
+        warm: fork the process from one that has everything imported (see `nursery`), where the job is a single process on
+            a CPU; it saves the seconds that the imports take.
         on_event: gets every progress event of `client.worker`.
         deadline: seconds that the job may take.
         log: file that collects what the processes print; the spec is written beside it.
@@ -75,7 +80,8 @@ def run(
     started = time.monotonic()
     spec_file = log.with_name(f"{log.name}.spec.json")
     atomic_write(spec_file, spec.model_dump_json(indent=2).encode())
-    with log.open("ab") as stream, _started(_command(spec, spec_file), _environment(spec), stream) as process:
+    forked = warm and _command(spec, spec_file) == _single(spec_file) and not torch.cuda.is_available()
+    with log.open("ab") as stream, _running(spec, spec_file, stream, forked=forked) as process:
         events = _events(process, stream, started + deadline if deadline is not None else None)
         done = _last(events, on_event)
         code = process.wait() if done is None else 0
@@ -97,17 +103,23 @@ def _last(events: Iterator[dict[str, Any]], on_event: Callable[[dict[str, Any]],
     return None
 
 
+Process = subprocess.Popen[bytes] | NurseryProcess
+
+
 @contextmanager
-def _started(command: list[str], environment: dict[str, str], log: IO[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+def _running(spec: TrainSpec, spec_file: Path, log: IO[bytes], *, forked: bool) -> Iterator[Process]:
     """The processes as a group of their own, all of which are gone when the body is left."""
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.PIPE,  # it closes when we die, and then so do they
-        stdout=subprocess.PIPE,
-        stderr=log,
-        start_new_session=True,
-    )
+    command, environment = _command(spec, spec_file), _environment(spec)
+    process: Process | None = _fork(spec_file, environment, log) if forked else None
+    if process is None:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,  # it closes when we die, and then so do they
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+        )
     try:
         yield process
         with suppress(subprocess.TimeoutExpired):
@@ -116,7 +128,22 @@ def _started(command: list[str], environment: dict[str, str], log: IO[bytes]) ->
         _end(process, gently="deepspeed.launcher.runner" in command)
 
 
-def _end(process: subprocess.Popen[bytes], gently: bool) -> None:
+_kept: list[Nursery] = []
+
+
+def _fork(spec_file: Path, environment: Mapping[str, str], log: IO[bytes]) -> NurseryProcess | None:
+    """A worker of this process's nursery; none where there is no nursery to be had, and the worker must say why."""
+    while _kept and not _kept[-1].alive:
+        _kept.pop()
+    if not _kept:
+        _kept.append(Nursery())
+        atexit.register(_kept[-1].close)
+    with suppress(NurseryGoneError):
+        return _kept[-1].start(spec_file, environment, log)
+    return None
+
+
+def _end(process: Process, gently: bool) -> None:
     if gently and process.poll() is None:
         process.terminate()
         with suppress(subprocess.TimeoutExpired):
@@ -130,7 +157,7 @@ def _end(process: subprocess.Popen[bytes], gently: bool) -> None:
                 pipe.close()
 
 
-def _events(process: subprocess.Popen[bytes], log: IO[bytes], until: float | None) -> Iterator[dict[str, Any]]:
+def _events(process: Process, log: IO[bytes], until: float | None) -> Iterator[dict[str, Any]]:
     lines: queue.Queue[bytes | None] = queue.Queue()
     threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
     ended = False
@@ -172,17 +199,21 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return event if isinstance(event, dict) and "event" in event else None
 
 
+def _single(spec_file: Path) -> list[str]:
+    return [sys.executable, "-u", "-m", _WORKER, str(spec_file.resolve())]
+
+
 def _command(spec: TrainSpec, spec_file: Path) -> list[str]:
     own = [_WORKER, str(spec_file.resolve())]
     deepspeed = spec.training.deepspeed
     python = [sys.executable, "-u", "-m"]
     if choose_engine(spec.training) == "torch":
-        return [*python, *own]
+        return _single(spec_file)
     options = ["--master_port", str(_free_port()), "--no_local_rank", "--module"]
     if deepspeed.hostfile is not None:
         return [*python, "deepspeed.launcher.runner", "--hostfile", str(deepspeed.hostfile), *options, *own]
     if _ranks(spec) == 1:
-        return [*python, *own]
+        return _single(spec_file)
     world = base64.urlsafe_b64encode(json.dumps({"localhost": _local_devices(_ranks(spec))}).encode()).decode()
     launch = ["deepspeed.launcher.launch", "--world_info", world, "--node_rank", "0", "--master_addr", "127.0.0.1"]
     return [*python, *launch, *options, *own]
