@@ -102,6 +102,7 @@ def test_an_output_head_that_shares_the_embeddings_gets_a_weight_of_its_own(tmp_
     adapter = expert(tmp_path / "e", 0, (Q, HEAD))
     out = folded([adapter], tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(out)
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
     before = load_file(Path(MODEL_DIR) / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(model.get_input_embeddings().weight, before)
     assert not torch.equal(model.get_output_embeddings().weight, before)
@@ -116,6 +117,10 @@ def test_a_model_in_several_files_is_folded_file_by_file(tmp_path: Path) -> None
     names = {path.name for path in base.glob("*.safetensors")}
     assert len(names) > 2
     assert {path.name for path in out.glob("*.safetensors")} == names
+    index, old = (json.loads((path / "model.safetensors.index.json").read_text()) for path in (out, base))
+    assert set(index["weight_map"]) == set(old["weight_map"]) | {"lm_head.weight"}
+    assert "lm_head.weight" in load_file(out / index["weight_map"]["lm_head.weight"])
+    assert index["metadata"]["total_size"] == old["metadata"]["total_size"] + 4 * 1536 * 128
     assert (logits(AutoModelForCausalLM.from_pretrained(out)) - with_adapter(adapter, base)).abs().max() < 1e-5
 
 
