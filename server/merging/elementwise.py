@@ -20,8 +20,9 @@ from seedbed.common.errors import NonFiniteError
 Majority = Literal["total", "frequency"]
 _TILE_BYTES = 1 << 20
 """A slice of rows is so large: it then stays in a core's cache while a rule works on it."""
-_SAMPLED_ROWS, _SAMPLED_COLUMNS = 256, 600
-_SPREAD = 0.08
+_SAMPLED = 1024
+"""So many rows and columns, evenly spread, say roughly where a threshold must be."""
+_SPREAD = 0.05
 """A threshold is looked for so far around the sample's quantile: three standard deviations of it."""
 
 
@@ -86,11 +87,11 @@ def merge_entries(
     rows, columns = matrices[0].shape
     cuts = [_cut(matrix, rule.density) for matrix in matrices] if rule.leave_out == "small" else []
     result: Tensor | None = None
-    for part in slices(rows, columns, matrices[0].dtype):
+    for part in slices(rows, columns * len(matrices), matrices[0].dtype):
         stack = torch.stack([matrix.rows(part) for matrix in matrices])
         if rule.leave_out == "small":
             limits = torch.tensor(cuts, dtype=stack.dtype, device=stack.device)[:, None, None]
-            stack.masked_fill_(stack.abs() < limits, 0)
+            stack.mul_(stack.abs() >= limits)
         elif rule.leave_out == "random":
             drop_(stack, rule.density, generator)
         merged = _combined(stack, stack.new_tensor(weights)[:, None, None], rule)
@@ -101,7 +102,7 @@ def merge_entries(
 
 
 def slices(rows: int, columns: int, dtype: torch.dtype) -> Iterator[slice]:
-    """Slices of rows of about a megabyte."""
+    """Slices of rows of about a megabyte; `columns` are those of all matrices that are worked on together."""
     height = max(1, _TILE_BYTES // (columns * dtype.itemsize))
     for start in range(0, rows, height):
         yield slice(start, min(start + height, rows))
@@ -141,11 +142,11 @@ def _combined(stack: Float[Tensor, "N h w"], weights: Float[Tensor, "N 1 1"], ru
     votes = stack if rule.majority_sign == "total" else stack.sign()
     # A draw among the numbers of adapters elects plus, and rounding must not decide that it is none.
     draw = 0.0 if rule.majority_sign == "total" else -1e-6
-    elected = torch.where((votes * weights).sum(dim=0) >= draw, 1.0, -1.0).to(stack.dtype)
+    elected = (votes * weights).sum(dim=0).ge(draw).to(stack.dtype).mul_(2).sub_(1)
     agree = (stack * elected).gt_(0).mul_(weights)
     # Where no entry agrees, and none does where all are zero, the sum is zero whatever it is divided by.
     total = agree.sum(dim=0)
-    return (stack * agree).sum(dim=0) / torch.where(total > 0, total, 1.0)
+    return stack.mul_(agree).sum(dim=0).div_(total.add_(total == 0))
 
 
 def _cut(matrix: Matrix, density: float) -> float:
@@ -160,12 +161,11 @@ def _cut(matrix: Matrix, density: float) -> float:
 def _magnitude_of_rank(matrix: Matrix, count: int) -> float:
     """The `count`-th largest magnitude, exact: a sample says where it must be, so that few entries are sorted."""
     rows, columns = matrix.shape
-    sample = matrix.rows(slice(0, rows, max(1, rows // _SAMPLED_ROWS))).abs_()
-    sample = sample[:, :: max(1, columns // _SAMPLED_COLUMNS)].flatten().sort().values
+    sample = matrix.rows(slice(0, rows, max(1, rows // _SAMPLED)))[:, :: max(1, columns // _SAMPLED)].abs().flatten()
     place = 1 - count / (rows * columns)
-    low, high = place - _SPREAD, place + _SPREAD
-    lower = float(sample[int(low * len(sample))]) if low > 0 else 0.0
-    upper = float(sample[int(high * len(sample))]) if high < 1 else float("inf")
+    low, high = int((place - _SPREAD) * len(sample)), int((place + _SPREAD) * len(sample))
+    lower = float(sample.kthvalue(low).values) if low > 0 else 0.0
+    upper = float(sample.kthvalue(high).values) if high < len(sample) else float("inf")
     for bounds in ((lower, upper), (0.0, float("inf"))):
         above, within = _counted(matrix, *bounds)
         rank = count - above
