@@ -1,0 +1,1 @@
+"""Ablation: which part of a method earned the gain. Plans, the least training that answers them, effects, and a report."""
