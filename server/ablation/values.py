@@ -19,8 +19,8 @@ from seedbed.server.evaluation.results import RouterUse
 from seedbed.server.evaluation.suite import TaskResult
 
 Metric = Literal["zero_shot_accuracy", "task_performance", "generalization_performance"]
-"""`zero_shot_accuracy`: mean over held-out tasks. `task_performance`: mean over held-in tasks, and as a share of each task's own
-expert alone (retention). `generalization_performance`: mean over held-out tasks, and divergence and perplexity on general
+"""`zero_shot_accuracy`: mean over held-out tasks. `task_performance`: mean over held-in tasks, and as a share of each task's
+own expert alone (retention). `generalization_performance`: mean over held-out tasks, and divergence and perplexity on general
 text."""
 Action = Literal["keep", "remove", "replace"]
 
