@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import get_args
 
 import yaml
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -15,7 +16,7 @@ from flwr.clientapp import ClientApp
 
 from seedbed.client.jobs import introduce, perform
 from seedbed.common.errors import ConfigError
-from seedbed.common.jobs import NODES_VARIABLE, Job, Node
+from seedbed.common.jobs import NODES_VARIABLE, Job, JobKind, Node
 from seedbed.common.manifest import Record
 from seedbed.common.wire import RECORD, pack, unpack
 
@@ -27,40 +28,14 @@ def hello(message: Message, context: Context) -> Message:
     return _reply(message, introduce(_node(context)))
 
 
-@app.train("seed")
-def seed(message: Message, context: Context) -> Message:
-    return _work(message, context)
-
-
-@app.train("expert")
-def expert(message: Message, context: Context) -> Message:
-    return _work(message, context)
-
-
-@app.train("joint")
-def joint(message: Message, context: Context) -> Message:
-    return _work(message, context)
-
-
-@app.train("gate")
-def gate(message: Message, context: Context) -> Message:
-    return _work(message, context)
-
-
-@app.train("router")
-def router(message: Message, context: Context) -> Message:
-    return _work(message, context)
-
-
-@app.train("molora")
-def molora(message: Message, context: Context) -> Message:
-    return _work(message, context)
-
-
 def _work(message: Message, context: Context) -> Message:
     job = unpack(Job, message.content.config_records.get(RECORD))
     # Nobody waits for an answer after the message's time to live: a training that takes longer is ended.
     return _reply(message, perform(job, _node(context), deadline=message.metadata.ttl))
+
+
+for _kind in get_args(JobKind):
+    app.train(_kind)(_work)
 
 
 def _reply(message: Message, value: Record) -> Message:
