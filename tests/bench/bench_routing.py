@@ -27,6 +27,8 @@ LIMIT = 1.15
 """Largest time, relative to a plain LoRA of rank N · r."""
 SPEED, MEMORY = 3.0, 4.0
 """Least factors against the loop and against PEFT."""
+RESOLUTION = 1 << 18
+"""Bytes in whose steps the kernel counts resident memory; less is not told apart."""
 COMPARED = (
     ("learned", "loop"),
     ("arrow", "arrow loop"),
@@ -100,11 +102,11 @@ def prepare_loop(shape: Shape, kind: str) -> Run:
     weight = torch.nn.Parameter(weight, requires_grad=kind == "learned")
     bias = torch.nn.Parameter(torch.zeros(shape.experts), requires_grad=kind == "learned")
     scaling = ALPHA / shape.rank
-    prototypes = (
-        torch.cat([torch.linalg.svd(B @ A, full_matrices=False).Vh[:1] for A, B in factors])
-        if (kind == "arrow")
-        else None
-    )
+    prototypes = None
+    if kind == "arrow":  # how they are found is not what is measured
+        from seedbed.common.routing import arrow_prototypes
+
+        prototypes = arrow_prototypes(adapters(factors))["layer"]
 
     def probabilities(x: Any) -> Any:
         if prototypes is None:
@@ -181,11 +183,11 @@ def _runner(shape: Shape, update: Any, x: Any, y: Any, above: Any, parameters: l
     x.requires_grad_()
 
     def both() -> Any:
-        x.grad = None
-        for parameter in parameters:
-            parameter.grad = None
         update(x, y).backward(above)
-        return x.grad
+        gradients = [x.grad, *(parameter.grad for parameter in parameters)]
+        for leaf in (x, *parameters):
+            leaf.grad = None
+        return gradients
 
     return both
 
@@ -216,8 +218,8 @@ def weigh_side(side: str, shape: Shape) -> int:
     """Peak bytes of one run above what was there before it."""
     from peak_memory import PeakMemory
 
-    prepare(side, Shape(2, 2, 64, 8, shape.backward))()  # loads the libraries' code and buffers
     run = prepare(side, shape)
+    run()  # loads the libraries' code and buffers, so that they are not counted as this layer's
     with PeakMemory() as memory:
         run()
     return int(memory.extra)
@@ -240,7 +242,7 @@ def compare(shape: Shape, turns: int, threads: int) -> dict[str, Any]:
     for less, more in COMPARED:
         each = sorted(b / a for a, b in zip(seconds[less], seconds[more], strict=True))
         low, middle, high = statistics.quantiles(each, n=4)
-        bytes_ratio = memory[more] / max(1, memory[less])
+        bytes_ratio = memory[more] / max(RESOLUTION, memory[less])
         ratios[f"{more} / {less}"] = {"time": middle, "spread": [low, high], "memory": bytes_ratio}
     return {"shape": asdict(shape), "seconds": seconds, "bytes": memory, "ratios": ratios}
 
