@@ -20,7 +20,7 @@ from torch import Tensor
 
 from seedbed.common.adapter import LoraFactors
 
-_SLICES, _NARROWEST = 4, 2048
+_SLICES, _NARROWEST = 4, 256
 """A is stacked and widened in so many parts along its columns (B along its rows), none narrower than this: less memory than
 all at once, and products still large enough to run at full speed."""
 
