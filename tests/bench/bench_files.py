@@ -65,17 +65,17 @@ def make_adapters(root: Path, count: int, layers: int, dtype: str) -> list[Path]
 def merge_in_this_process(inputs: list[Path], method: str, out: Path) -> dict[str, Any]:
     """Time and memory of one merge."""
     import torch
-    from bench_merge import _PeakMemory
+    from peak_memory import PeakMemory
 
     from seedbed.server.merge_files import merge_directories
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.randn(300, 300) @ torch.randn(300, 300)  # loads the libraries' buffers, so that they are not counted
-    with _PeakMemory() as memory:
-        start = time.perf_counter()
+    with PeakMemory() as memory:
+        start, cpu = time.perf_counter(), time.process_time()
         merge_directories(inputs, method, out, options=METHODS.get(method, {}))
-        seconds = time.perf_counter() - start
-    return {"seconds": seconds, "bytes": memory.extra}
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    return {"seconds": seconds, "cpu": cpu, "bytes": memory.extra}
 
 
 def merged(inputs: list[Path], method: str, out: Path, threads: int) -> dict[str, Any]:
@@ -152,6 +152,7 @@ def compare(root: Path, options: argparse.Namespace, dtype: str) -> dict[str, An
         "input_bytes": size,
         "copy_seconds": copies,
         "merge_seconds": [run["seconds"] for run in merges],
+        "merge_cpu_seconds": [run["cpu"] for run in merges],
         "ratio": statistics.median(run["seconds"] for run in merges) / statistics.median(copies),
         "bytes": {str(options.adapters): max(run["bytes"] for run in merges), str(FEW): few["bytes"]},
         "methods": memory,
@@ -166,17 +167,22 @@ def show(rows: list[dict[str, Any]]) -> None:
         title = (
             f"{row['adapters']} adapters of {row['layers']} layers, {row['dtype']}, {row['input_bytes'] / 1e9:.2f} GB"
         )
-        table = Table("", "median time", "speed", "against cp", "memory", title=title, title_justify="left")
+        table = Table("", "median time", "CPU", "speed", "against cp", "memory", title=title, title_justify="left")
         copy, merge = statistics.median(row["copy_seconds"]), statistics.median(row["merge_seconds"])
         speed = row["input_bytes"] / 1e9
-        table.add_row("cp", f"{copy:.2f} s", f"{speed / copy:.2f} GB/s", "1")
-        cells = [f"{merge:.2f} s", f"{speed / merge:.2f} GB/s", f"{row['ratio']:.2f} (goal: {GOALS['time']:g} at most)"]
+        table.add_row("cp", f"{copy:.2f} s", "", f"{speed / copy:.2f} GB/s", "1")
+        cpu = statistics.median(row["merge_cpu_seconds"])
+        cells = [
+            f"{merge:.2f} s",
+            f"{cpu:.2f} s",
+            f"{speed / merge:.2f} GB/s",
+            f"{row['ratio']:.2f} (goal: {GOALS['time']:g} at most)",
+        ]
         table.add_row(f"average of {row['adapters']}", *cells, f"{row['bytes'][str(row['adapters'])] / 1e6:.0f} MB")
-        table.add_row(f"average of {FEW}", "", "", "", f"{row['bytes'][str(FEW)] / 1e6:.0f} MB")
+        table.add_row(f"average of {FEW}", "", "", "", "", f"{row['bytes'][str(FEW)] / 1e6:.0f} MB")
         for method, run in row["methods"].items():
-            table.add_row(
-                f"{method} of {FEW}, one layer", f"{run['seconds']:.2f} s", "", "", f"{run['bytes'] / 1e6:.0f} MB"
-            )
+            times = [f"{run['seconds']:.2f} s", f"{run['cpu']:.2f} s", "", ""]
+            table.add_row(f"{method} of {FEW}, one layer", *times, f"{run['bytes'] / 1e6:.0f} MB")
         Console(width=None if sys.stdout.isatty() else 110).print(table)
 
 
