@@ -77,7 +77,7 @@ def merge(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory to make; must not exist.", show_default=False)] = None,
     method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="See --list.  [default: average]", show_default=False)
+        str | None, typer.Option(metavar="NAME", help="See --list; average unless given.", show_default=False)
     ] = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Rank of the result; short for --opt rank.", show_default=False)
