@@ -25,7 +25,9 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	mkdir -p .bench
-	$(BIN)/python tests/bench/bench_merge.py --json .bench/merge.json
+	$(BIN)/python tests/bench/bench_merge.py --large --json .bench/merge.json
+	$(BIN)/python tests/bench/bench_files.py --json .bench/files.json
+	$(BIN)/python tests/bench/bench_routing.py --json .bench/routing.json
 	$(BIN)/python tests/bench/bench_scoring.py --json .bench/scoring.json
 
 # torch comes first and alone: the other packages' looser ranges must not choose another build.

@@ -17,7 +17,7 @@ from typing import Any
 from seedbed.client.data import digest_of
 from seedbed.client.launch import run
 from seedbed.client.outcome import put_result
-from seedbed.client.training import TrainSpec
+from seedbed.client.spec import TrainSpec
 from seedbed.common import basemodel
 from seedbed.common.errors import AdapterMismatchError, SeedbedError
 from seedbed.common.jobs import Hello, Job, JobResult, Node

@@ -27,7 +27,8 @@ import torch
 
 from seedbed.client.nursery import Nursery, NurseryGoneError, NurseryProcess
 from seedbed.client.outcome import manifest_of
-from seedbed.client.training import TrainSpec, choose_engine
+from seedbed.client.spec import TrainSpec
+from seedbed.client.training import choose_engine
 from seedbed.client.worker import MEMORY_HINT, WATCH
 from seedbed.common import errors
 from seedbed.common.errors import SeedbedError, StorageError, TrainingError

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from seedbed.client.training import Trained, TrainSpec
+from seedbed.client.spec import TrainSpec
+from seedbed.client.training import Trained
 from seedbed.common import basemodel
 from seedbed.common.adapter import Adapter
 from seedbed.common.manifest import Kind, Manifest, recipe_hash

@@ -6,7 +6,7 @@ The engines (`client.engine`) and the objective (`client.objective`) know only `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -14,9 +14,14 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from seedbed.client.lora import extract, layers
+from seedbed.client.lora import attach, extract, layers, load_factors
+from seedbed.client.spec import TrainSpec
+from seedbed.common import basemodel
 from seedbed.common.adapter import Adapter
-from seedbed.common.routing import Mixture, RoutedModel, Router
+from seedbed.common.routing import Mixture, RoutedModel, Router, RouterSettings
+from seedbed.common.routing.router_file import read_router
+from seedbed.common.storage import read_adapter
+from seedbed.common.targets import selected_shapes
 
 
 class Trainee(ABC):
@@ -111,6 +116,59 @@ class RoutedTrainee(Trainee):
     def auxiliary(self) -> Tensor:
         balance: Tensor = self.model.load_balance()
         return balance
+
+
+def make_trainee(spec: TrainSpec, device: torch.device) -> Trainee:
+    """Load the base model and put on it what the spec trains.
+
+    Raises:
+        ConfigError: if the targets do not fit the model, or the router its experts.
+        AdapterError: if an adapter or a router to start from, or an expert, does not fit.
+        ModelError: if the base model cannot be loaded.
+    """
+    model, tokenizer = basemodel.load(spec.base, device)
+    makers: dict[str, Callable[[TrainSpec, Any], Trainee]] = {"gate": _gate, "router": _router, "molora": _molora}
+    trainee = makers.get(spec.kind, _lora)(spec, model)
+    if isinstance(trainee.model, RoutedModel):
+        trainee.model.padding = int(tokenizer.pad_token_id)
+    return trainee
+
+
+def _lora(spec: TrainSpec, model: Any) -> Trainee:
+    peft_model = attach(model, spec.lora, spec.init_seed)
+    if spec.start is not None:
+        load_factors(peft_model, read_adapter(spec.start)[0])
+    return LoraTrainee(peft_model)
+
+
+def _gate(spec: TrainSpec, model: Any) -> Trainee:
+    (expert,) = _experts(spec)
+    return RoutedTrainee(RoutedModel.gated(model, expert), spec.names, whole=False, balanced=False)
+
+
+def _router(spec: TrainSpec, model: Any) -> Trainee:
+    start = read_router(spec.start)[0] if spec.start is not None else None
+    routed = RoutedModel.learned(model, _experts(spec), spec.router or RouterSettings(kind="learned"), start)
+    return RoutedTrainee(routed, spec.names, whole=False, balanced=spec.load_balance > 0)
+
+
+def _molora(spec: TrainSpec, model: Any) -> Trainee:
+    lora = spec.lora
+    scaling = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
+    routed = RoutedModel.molora(
+        model,
+        list(selected_shapes(model, lora, spec.base.model)),
+        experts=len(spec.names),
+        rank=lora.rank,
+        alpha=scaling * lora.rank,
+        seed=spec.init_seed,
+        settings=spec.router,
+    )
+    return RoutedTrainee(routed, spec.names, whole=True, balanced=spec.load_balance > 0)
+
+
+def _experts(spec: TrainSpec) -> list[Adapter]:
+    return [read_adapter(directory)[0] for directory in spec.experts]
 
 
 def _keeper(found: list[Tensor], wanted: Tensor, scaling: float) -> Any:

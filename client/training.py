@@ -1,4 +1,4 @@
-"""The training loop: from a `TrainSpec` to a trained `Adapter`, knowing nothing of Flower or of processes."""
+"""The training loop: from a `TrainSpec` to what it trains, knowing nothing of Flower or of processes."""
 
 from __future__ import annotations
 
@@ -7,122 +7,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
 
 from seedbed.client.data import Batch, Steps, Tokens, collate, pack, split
 from seedbed.client.engine import DeepSpeedEngine, Engine, TorchEngine, sharded_loading
-from seedbed.client.lora import attach, load_factors
 from seedbed.client.objective import Objective, Pass, Totals
-from seedbed.client.trainee import LoraTrainee, RoutedTrainee, Trainee
+from seedbed.client.spec import TrainSpec
+from seedbed.client.trainee import make_trainee
 from seedbed.common import basemodel
 from seedbed.common.adapter import Adapter
-from seedbed.common.config import BaseModelConfig, LoraSettings, RoutingTuningSettings, TrainingSettings
-from seedbed.common.errors import ConfigError, DataError, TrainingError
-from seedbed.common.jobs import GENERAL, DataSource, Job, JobKind, Node
-from seedbed.common.manifest import BaseIdentity, Record
-from seedbed.common.routing import Mixture, RoutedModel, Router, RouterSettings
-from seedbed.common.routing.router_file import read_router
-from seedbed.common.storage import read_adapter
-from seedbed.common.targets import selected_shapes
+from seedbed.common.config import TrainingSettings
+from seedbed.common.errors import ConfigError, TrainingError
+from seedbed.common.jobs import DataSource
+from seedbed.common.routing import Mixture, Router
 
 Report = Callable[[dict[str, Any]], None]
-
-
-class TrainSpec(Record):
-    """Everything that a training process needs to know. Equal specs give bit-identical factors on one machine."""
-
-    base: BaseModelConfig
-    lora: LoraSettings
-    training: TrainingSettings
-    data: tuple[DataSource, ...]
-    output: Path
-    """Directory that is written; must not be there yet."""
-    start: Path | None = None
-    """Directory of the adapter, or router, to start from; none starts from a fresh one, drawn with `init_seed`, with B = 0."""
-    tuning: RoutingTuningSettings | None = None
-    """The objective of routing tuning; none is the plain one."""
-    general: DataSource | None = None
-    """General text, for routing tuning."""
-    init_seed: int = 0
-    data_seed: int = 0
-    threads: int = 0
-    """CPU threads of each rank; 0 leaves it to torch."""
-
-    kind: JobKind = "expert"
-    """What is trained: a LoRA (`seed`, `expert`, `joint`), a `gate`, a `router`, or experts with their router (`molora`)."""
-    experts: tuple[Path, ...] = ()
-    """Directories of the frozen experts of a gate or router."""
-    names: tuple[str, ...] = ()
-    """What the experts of a gate, router or `molora` are called."""
-    router: RouterSettings | None = None
-    load_balance: float = 0.0
-    """Weight of the auxiliary loss that spreads tokens over the experts."""
-
-    identity: BaseIdentity | None = None
-    """Of the base model, for the manifest; none has it computed."""
-    parents: tuple[str, ...] = ()
-    task: str | None = None
-    recipe: str = ""
-    settings: dict[str, Any] = Field(default_factory=dict)
-    """What the manifest says of the job."""
-
-    @classmethod
-    def of(
-        cls, job: Job, node: Node, output: Path, start: Path | None = None, experts: Sequence[Path] = ()
-    ) -> TrainSpec:
-        """The spec of a job on a participant.
-
-        Args:
-            output: where the result goes.
-            start: directory of what `job.parent` names.
-            experts: directories of what `job.experts` names.
-
-        Raises:
-            DataError: if the participant lacks the data of one of the job's tasks.
-        """
-        return cls(
-            base=node.base,
-            lora=job.lora,
-            training=job.training,
-            data=tuple(_source(node, task, job) for task in job.tasks),
-            output=output,
-            start=start,
-            tuning=job.tuning,
-            general=_own(node, GENERAL) if job.tuning and job.tuning.needs_general_text else None,
-            init_seed=job.init_seed,
-            data_seed=job.data_seed,
-            threads=node.threads,
-            kind=job.kind,
-            identity=job.base,
-            experts=tuple(experts),
-            names=job.names,
-            router=job.router,
-            load_balance=job.load_balance,
-            parents=job.parents,
-            task=job.tasks[0] if len(job.tasks) == 1 else None,
-            recipe=job.recipe,
-            settings=job.model_dump(mode="json"),
-        )
-
-
-def _source(node: Node, task: str, job: Job) -> DataSource:
-    source = _own(node, task)
-    limits = [limit for limit in (source.limit, job.limit) if limit is not None]
-    share = source.fraction * job.fraction
-    update = {"fraction": share, "prompt": job.prompt, "limit": min(limits, default=None)}
-    return source.model_copy(update={**update, "sample_seed": job.sample_seed})
-
-
-def _own(node: Node, task: str) -> DataSource:
-    for source in node.data:
-        if source.task == task:
-            return source
-    has = ", ".join(source.task for source in node.data) or "none"
-    raise DataError(f"participant '{node.name}' has no data of the task '{task}'", f"It has: {has}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,56 +109,10 @@ def _engine(spec: TrainSpec) -> Engine:
         else nullcontext()
     )
     with loading:
-        trainee = _trainee(spec, device)
+        trainee = make_trainee(spec, device)
     trainee.model.train()  # switches the LoRA's dropout on
     make = DeepSpeedEngine if chosen == "deepspeed" else TorchEngine
     return make(Objective(trainee, spec.tuning, spec.load_balance), spec.training, device)
-
-
-def _trainee(spec: TrainSpec, device: torch.device) -> Trainee:
-    model, tokenizer = basemodel.load(spec.base, device)
-    makers: dict[str, Callable[[TrainSpec, Any], Trainee]] = {"gate": _gate, "router": _router, "molora": _molora}
-    trainee = makers.get(spec.kind, _lora)(spec, model)
-    if isinstance(trainee.model, RoutedModel):
-        trainee.model.padding = int(tokenizer.pad_token_id)
-    return trainee
-
-
-def _lora(spec: TrainSpec, model: Any) -> Trainee:
-    peft_model = attach(model, spec.lora, spec.init_seed)
-    if spec.start is not None:
-        load_factors(peft_model, read_adapter(spec.start)[0])
-    return LoraTrainee(peft_model)
-
-
-def _gate(spec: TrainSpec, model: Any) -> Trainee:
-    (expert,) = _experts(spec)
-    return RoutedTrainee(RoutedModel.gated(model, expert), spec.names, whole=False, balanced=False)
-
-
-def _router(spec: TrainSpec, model: Any) -> Trainee:
-    start = read_router(spec.start)[0] if spec.start is not None else None
-    routed = RoutedModel.learned(model, _experts(spec), spec.router or RouterSettings(kind="learned"), start)
-    return RoutedTrainee(routed, spec.names, whole=False, balanced=spec.load_balance > 0)
-
-
-def _molora(spec: TrainSpec, model: Any) -> Trainee:
-    lora = spec.lora
-    scaling = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
-    routed = RoutedModel.molora(
-        model,
-        list(selected_shapes(model, lora, spec.base.model)),
-        experts=len(spec.names),
-        rank=lora.rank,
-        alpha=scaling * lora.rank,
-        seed=spec.init_seed,
-        settings=spec.router,
-    )
-    return RoutedTrainee(routed, spec.names, whole=True, balanced=spec.load_balance > 0)
-
-
-def _experts(spec: TrainSpec) -> list[Adapter]:
-    return [read_adapter(directory)[0] for directory in spec.experts]
 
 
 def _require_pieces(setting: str, examples: int, ranks: int, accumulation: int) -> None:

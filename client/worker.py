@@ -55,7 +55,8 @@ def main(arguments: list[str]) -> int:
 
 def _work(spec_file: Path, emit: Callable[[dict[str, Any]], None]) -> None:
     from seedbed.client.outcome import write_result
-    from seedbed.client.training import TrainSpec, train
+    from seedbed.client.spec import TrainSpec
+    from seedbed.client.training import train
 
     main_rank = int(os.environ.get("RANK", "0")) == 0
     spec = TrainSpec.model_validate_json(spec_file.read_text(encoding="utf-8"))

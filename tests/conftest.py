@@ -14,6 +14,12 @@ from jaxtyping import install_import_hook
 
 # Before any seedbed module is imported: array shapes in annotations become runtime checks.
 install_import_hook(
-    ["seedbed.common.adapter", "seedbed.common.algebra", "seedbed.common.lowrank", "seedbed.server.merging"],
+    [
+        "seedbed.common.adapter",
+        "seedbed.common.algebra",
+        "seedbed.common.lowrank",
+        "seedbed.common.partial_svd",
+        "seedbed.server.merging",
+    ],
     "beartype.beartype",
 )

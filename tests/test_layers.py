@@ -14,7 +14,7 @@ ALLOWED = {
     "server": {"server", "common", "proto"},
     "server/merging": {"server.merging", "common"},
 }
-PURE = ("common/adapter.py", "common/algebra.py", "common/lowrank.py")
+PURE = ("common/adapter.py", "common/algebra.py", "common/gram.py", "common/lowrank.py", "common/partial_svd.py")
 """Values and maths: torch only, no input or output."""
 
 

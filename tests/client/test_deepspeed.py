@@ -16,7 +16,8 @@ import torch
 
 from seedbed.client.engine import deepspeed_config
 from seedbed.client.launch import run
-from seedbed.client.training import TrainSpec, train
+from seedbed.client.spec import TrainSpec
+from seedbed.client.training import train
 from seedbed.common.adapter import Adapter
 from seedbed.common.config import BaseModelConfig, LoraSettings, RoutingTuningSettings, TrainingSettings
 from seedbed.common.errors import DataError, TrainingError

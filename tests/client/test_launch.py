@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from seedbed.client.launch import TrainOutcome, run
-from seedbed.client.training import TrainSpec
+from seedbed.client.spec import TrainSpec
 from seedbed.client.worker import as_seedbed_error
 from seedbed.common import basemodel
 from seedbed.common.config import BaseModelConfig, LoraSettings, TrainingSettings

@@ -17,7 +17,7 @@ import torch
 
 from seedbed.client import launch
 from seedbed.client.launch import run
-from seedbed.client.training import TrainSpec
+from seedbed.client.spec import TrainSpec
 from seedbed.common.config import BaseModelConfig, LoraSettings, TrainingSettings
 from seedbed.common.embedded import write_task
 from seedbed.common.errors import DataError, TrainingError
@@ -141,7 +141,7 @@ CLIENT = """
 import sys
 from pathlib import Path
 from seedbed.client.launch import run
-from seedbed.client.training import TrainSpec
+from seedbed.client.spec import TrainSpec
 spec = TrainSpec.model_validate_json(Path(sys.argv[1]).read_text())
 run(spec, on_event=lambda event: print(event["event"], flush=True), log=Path(sys.argv[2]), warm=True)
 """

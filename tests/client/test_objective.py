@@ -14,8 +14,9 @@ import torch
 from seedbed.client.data import Tokens, collate, encode
 from seedbed.client.lora import attach, extract, layers
 from seedbed.client.objective import Objective, Pass, Totals, divergence
+from seedbed.client.spec import TrainSpec
 from seedbed.client.trainee import LoraTrainee
-from seedbed.client.training import Trained, TrainSpec, train
+from seedbed.client.training import Trained, train
 from seedbed.common import basemodel
 from seedbed.common.adapter import Adapter
 from seedbed.common.config import BaseModelConfig, LoraSettings, RoutingTuningSettings, TrainingSettings

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from seedbed.client.outcome import manifest_of, put_result, write_result
-from seedbed.client.training import Trained, TrainSpec, train
+from seedbed.client.spec import TrainSpec
+from seedbed.client.training import Trained, train
 from seedbed.common import basemodel
 from seedbed.common.adapter import Adapter
 from seedbed.common.config import BaseModelConfig, LoraSettings, TrainingSettings

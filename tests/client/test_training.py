@@ -13,7 +13,8 @@ from seedbed.client import training as loop
 from seedbed.client.data import Batch, Tokens, collate, pack
 from seedbed.client.lora import attach, extract, layers, load_factors
 from seedbed.client.objective import is_same, label_losses
-from seedbed.client.training import Trained, TrainSpec, choose_engine, learning_rate, train
+from seedbed.client.spec import TrainSpec
+from seedbed.client.training import Trained, choose_engine, learning_rate, train
 from seedbed.common import basemodel
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.config import BaseModelConfig, LoraSettings, TrainingSettings
