@@ -113,6 +113,8 @@ class SeedSettings(Section):
     """Optimizer steps of a client in one round (or of the one client, for `public`)."""
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     """Instead of the training's own."""
+    tasks: tuple[str, ...] | None = None
+    """Of `federated`: only the clients of these tasks train the seed; none is all. The others still train experts from it."""
     data: Path | None = None
     adapter: Path | None = None
 
@@ -122,12 +124,18 @@ class SeedSettings(Section):
             raise ValueError("seed mode 'public' needs seed.data, a file of examples")
         if self.mode == "given" and self.adapter is None:
             raise ValueError("seed mode 'given' needs seed.adapter, a PEFT directory")
+        if self.tasks is not None and not self.tasks:
+            raise ValueError("seed.tasks is empty: leave it out for all tasks, or set seed.mode to none")
         return self
 
     @property
     def local_steps(self) -> int:
         """Optimizer steps of one client towards the seed; 0 where no client trains for it on its own task."""
         return self.rounds * self.steps if self.mode == "federated" else 0
+
+    def steps_on(self, task: str) -> int:
+        """Optimizer steps of the client of a task towards the seed."""
+        return self.local_steps if self.tasks is None or task in self.tasks else 0
 
 
 class TaskSettings(Section):
@@ -185,6 +193,11 @@ class RoutingTuningSettings(Section):
     def needs_general_text(self) -> bool:
         return bool(self.kl_weight or self.norm_weight)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is the ordinary objective, under which a tuned expert is an expert like any other."""
+        return self.task_weight == 1.0 and not self.needs_general_text
+
 
 class RoutingSettings(Section):
     """How routers that are trained come about; the experts stay frozen (except for `molora`)."""
@@ -222,6 +235,8 @@ class CandidateSettings(Section):
     """Which adapters: `experts` from the seed, `unseeded` ones, or `tuned` from the seed under `routing_tuning`."""
     options: dict[str, Any] = {}
     """Of the merge method, as for `seedbed merge --opt`."""
+    order: Annotated[int, Field(ge=0)] | None = None
+    """Merge the adapters in a random order drawn from this number; none is the order of the tasks."""
     over: Literal["learned", "arrow", "phatgoose"] = "arrow"
     """Whose choice `sequence` averages over the tokens of a sequence."""
     top_k: PositiveInt | None = None
@@ -237,6 +252,8 @@ class CandidateSettings(Section):
             raise ValueError(f"candidate '{self.name}': top_k and temperature belong to a router")
         if self.method is None and self.options:
             raise ValueError(f"candidate '{self.name}': options belong to a merge method")
+        if self.method is None and self.order is not None:
+            raise ValueError(f"candidate '{self.name}': order belongs to a merge method")
         return self
 
 
@@ -337,6 +354,9 @@ class FederationConfig(Section):
             raise ValueError("tasks.experts is empty: a federation needs at least one expert task")
         if self.seed.mode == "none" and "seed" in self.combine.names:
             raise ValueError("candidate 'seed' needs a seed, but seed.mode is 'none'")
+        strangers = sorted(set(self.seed.tasks or ()) - set(self.tasks.experts))
+        if strangers:
+            raise ValueError(f"seed.tasks names {strangers[0]}, which is not among tasks.experts")
         return self
 
 

@@ -7,7 +7,7 @@ before anything starts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from seedbed.common.config import ROUTER_KINDS, CandidateSettings, FederationConfig, Group, RouterKind
@@ -33,6 +33,8 @@ class Candidate:
     method: Method | None = None
     options: Options | None = None
     routing: RouterSettings | None = None
+    order: int | None = None
+    """Of a merge: its adapters come in a random order drawn from this number."""
 
     @property
     def trains_router(self) -> bool:
@@ -86,7 +88,7 @@ def _named(name: str, config: FederationConfig) -> Candidate:
 
 def _made(entry: CandidateSettings) -> Candidate:
     if entry.method is not None:
-        return _merge(entry.name, entry.method, entry.options, entry.of)
+        return replace(_merge(entry.name, entry.method, entry.options, entry.of), order=entry.order)
     assert entry.router is not None  # the configuration has checked it
     routing = _router(entry.router, entry.over, entry.top_k, entry.temperature)
     return Candidate(entry.name, "mixture", of=entry.of, routing=routing)

@@ -20,6 +20,7 @@ from seedbed.server.candidates import Candidate, Role, needs_seed, resolve
 from seedbed.server.diagnostics import Diagnostics
 from seedbed.server.ledger import Entry
 from seedbed.server.merge_files import merge_directories
+from seedbed.server.merging.order import random_orders
 from seedbed.server.mixtures import Mixer
 from seedbed.server.observer import Observer
 from seedbed.server.plan import molora_job
@@ -108,9 +109,10 @@ class Combiner:
     def _merged(self, candidate: Candidate, group: Mapping[str, str], seed: str | None) -> str:
         assert candidate.method is not None
         assert candidate.options is not None
-        options = candidate.options.model_dump(mode="json", exclude_defaults=True)
+        options = merge_options(candidate, self.run.config.run.random_seed)
         given = seed if needs_seed(candidate.options) else None
-        return self._merge(candidate.name, candidate.method.name, list(group.values()), options, given)
+        parents = in_order(candidate, list(group.values()))
+        return self._merge(candidate.name, candidate.method.name, parents, options, given)
 
     def _merge(
         self,
@@ -122,9 +124,7 @@ class Combiner:
         kind: Kind = "merge",
     ) -> str:
         chosen = dict(options or {})
-        recipe = recipe_hash(
-            {"combine": method, "parents": list(parents), "options": chosen, "seed": seed, "kind": kind}
-        )
+        recipe = merge_recipe(method, parents, chosen, seed, kind)
 
         def make(directory: Path) -> None:
             inputs = [self.run.store.open(digest) for digest in parents]
@@ -152,6 +152,36 @@ class Combiner:
             digest = self.run.store.put(directory)
         self.run.ledger.append(Entry(event="combined", name=name, key=recipe, digest=digest))
         return digest
+
+
+def merge_recipe(
+    method: str,
+    parents: Sequence[str],
+    options: Mapping[str, Any] | None = None,
+    seed: str | None = None,
+    kind: Kind = "merge",
+) -> str:
+    """The hash of everything that determines a merge: by it the merge is made once."""
+    return recipe_hash(
+        {"combine": method, "parents": list(parents), "options": dict(options or {}), "seed": seed, "kind": kind}
+    )
+
+
+def merge_options(candidate: Candidate, random_seed: int) -> dict[str, Any]:
+    """Options of a candidate's merge where they are not the defaults. Methods that draw, draw anew for every run's seed."""
+    assert candidate.options is not None  # asked of merges only
+    options = candidate.options.model_dump(mode="json", exclude_defaults=True)
+    if random_seed and "random_seed" in type(candidate.options).model_fields:
+        options["random_seed"] = random_seed * 10_000 + int(options.get("random_seed", 0))
+    return options
+
+
+def in_order(candidate: Candidate, digests: Sequence[str]) -> list[str]:
+    """Adapters in the order in which a candidate merges them."""
+    if candidate.order is None or len(digests) < 2:
+        return list(digests)
+    (order,) = random_orders(len(digests), 1, candidate.order)
+    return [digests[index] for index in order]
 
 
 @contextmanager

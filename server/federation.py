@@ -62,10 +62,12 @@ class Federation:
         """Expert tasks whose participants are still in."""
         self.diagnostics: dict[str, float] = {}
         """What the combination says of itself, such as `factor_gap_seeded`."""
+        self.parts: Parts | None = None
+        """What the candidates were made of, once they are there."""
         self._roster: Roster | None = None
 
-    def conduct(self) -> list[Combination]:
-        """All stages up to the candidates.
+    def conduct(self, *, diagnose: bool = True) -> list[Combination]:
+        """All stages up to the candidates, and what can be said of their combination, which takes merging in other orders.
 
         Raises:
             QuorumError: if a stage ends with too few results.
@@ -74,8 +76,9 @@ class Federation:
         experts = self._by_task(self._stage("experts", self.planner.experts(seed, self.tasks)))
         parts = self.references(seed)
         parts = replace(parts, groups={"experts": experts, **parts.groups})
-        parts = replace(parts, routers=self.routers(parts))
-        self.diagnostics = self.combiner.diagnostics(parts)
+        parts = self.parts = replace(parts, routers=self.routers(parts))
+        if diagnose:
+            self.diagnostics = self.combiner.diagnostics(parts)
         return self.combiner.combine(parts)
 
     # -- seed ---------------------------------------------------------------------------------------------------------
@@ -206,17 +209,28 @@ class Federation:
             try:
                 if isinstance(answer, Failure):
                     raise SeedbedError(answer.reason)
-                if answer.recipe != job.recipe:
-                    raise AdapterMismatchError("the answer is for another job")
-                manifest = self.admission.admit(job, answer)
+                done[job.name] = self.take(job, answer)
             except SeedbedError as error:
                 self._quarantine(roster.names.get(node, str(node)), job, error.message)
-            else:
-                self.run.ledger.accept(answer, {"steps": job.training.steps, **manifest.metrics})
-                done[job.name] = answer.digest
             self.observe.advance(job.name)
 
         self.workforce.perform(assignments, self.run.config.stages.deadline, on_answer)
+
+    def take(self, job: Job, answer: JobResult) -> str:
+        """Check a participant's answer, record it, and return its digest.
+
+        Raises:
+            SeedbedError: if it is not what was asked for.
+        """
+        if answer.recipe != job.recipe:
+            raise AdapterMismatchError("the answer is for another job")
+        manifest = self.admission.admit(job, answer)
+        self.run.ledger.accept(answer, {"steps": job.training.steps, **manifest.metrics})
+        return answer.digest
+
+    def node_for(self, job: Job) -> int | None:
+        """Who can do a job; none where nobody brings its data. Greets everybody first."""
+        return self._node_for(job, self._greeted())
 
     def _node_for(self, job: Job, roster: Roster) -> int | None:
         if job.kind in ("joint", "molora") or job.tasks[0] in (PUBLIC, PUBLIC_ROUTER):

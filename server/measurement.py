@@ -49,6 +49,16 @@ class Measurement:
         self._drift: Drift | None = None
         self._worn: str | None = None
 
+    def of(self, run: RunDirectory) -> Measurement:
+        """The same for another view of the run directory. The base model, once loaded, goes along, so use only the newest."""
+        other = Measurement(run, self.base, self.inputs, self.observe)
+        before, now = self.run.config, run.config
+        if before.base == now.base and before.evaluation.batch_tokens == now.evaluation.batch_tokens:
+            other._lm, other._worn = self._lm, self._worn
+            if before.training.max_tokens == now.training.max_tokens:
+                other._drift = self._drift
+        return other
+
     def scores(self, candidates: Sequence[Combination]) -> Scores:
         """All scores by candidate; what an earlier try has measured is read back."""
         tasks = self._tasks()
@@ -126,7 +136,7 @@ class Measurement:
         started = time.monotonic()
         lm = self._wearing(candidate.digest)
         routed = lm.routing.mixture is not None
-        lm.routing.record(routed)
+        lm.routing.record(routed, padding=lm.pad_token_id)
         (result,) = evaluate(lm, [task], limit=self.run.config.evaluation.limit)
         if routed:
             _write(self._path(candidate, task, ".routing"), lm.routing.diagnostics())

@@ -9,11 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from seedbed.common.adapter import Adapter
 from seedbed.common.manifest import BaseIdentity, recipe_hash
-from seedbed.common.routing import Router, RouterSettings, arrow_router, gates_of, phatgoose_router
+from seedbed.common.routing import Router, RouterSettings, arrow_router, average_routers, gates_of, phatgoose_router
 from seedbed.common.routing.router_file import read_router, write_router
 from seedbed.common.storage import AdapterStore, read_adapter
 from seedbed.server.candidates import Candidate, token_level
@@ -75,12 +73,7 @@ class Mixer:
         settings = token_level(candidate)
 
         def make() -> Router:
-            alone = [self._router(digest).tensors for digest in routers]
-            means = {
-                name: {key: torch.stack([one[name][key] for one in alone]).mean(0) for key in module}
-                for name, module in alone[0].items()
-            }
-            return Router(settings, means)
+            return average_routers((self._router(digest), 1.0) for digest in routers)
 
         made_of = {"mean": list(routers), "round": round_index}
         return self._write(f"{candidate.name}:round-{round_index + 1}", settings, experts, made_of, make)
@@ -107,8 +100,7 @@ class Mixer:
         make: Callable[[], Router],
     ) -> str:
         parents = tuple(experts.values())
-        described = {"router": settings.model_dump(mode="json"), "names": list(experts), **made_of}
-        recipe = recipe_hash({**described, "parents": list(parents)})
+        described, recipe = describe_router(settings, experts, made_of)
 
         def write(directory: Path) -> None:
             write_router(
@@ -129,6 +121,19 @@ class Mixer:
 
     def _adapters(self, experts: Mapping[str, str]) -> list[Adapter]:
         return [read_adapter(self.store.open(digest))[0] for digest in experts.values()]
+
+
+def describe_router(
+    settings: RouterSettings, experts: Mapping[str, str], made_of: Mapping[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """What the manifest of a router says, and the recipe under which it is made once.
+
+    Args:
+        experts: digests by task, in order.
+        made_of: digests of gates or routers that it was computed from.
+    """
+    described = {"router": settings.model_dump(mode="json"), "names": list(experts), **made_of}
+    return described, recipe_hash({**described, "parents": list(experts.values())})
 
 
 def _settings(candidate: Candidate) -> RouterSettings:

@@ -35,7 +35,7 @@ class Planner:
         return resolve(self.config)
 
     def seed_round(self, index: int, parent: str | None, tasks: Sequence[str]) -> list[Job]:
-        """One federated round: every client trains from `parent`, or from one shared initialization in the first."""
+        """One federated round: the clients of `seed.tasks` train from `parent`, in the first from one shared initialization."""
         changes = {
             "fraction": self.config.seed.fraction,
             "data_seed": self._draw(_SEED_ROUNDS + index),
@@ -44,6 +44,7 @@ class Planner:
         return [
             self._job("seed", f"seed:{task}:round-{index + 1}", (task,), parent, self._seed_training(), **changes)
             for task in tasks
+            if self.config.seed.tasks is None or task in self.config.seed.tasks
         ]
 
     def public_seed(self) -> Job:
@@ -55,20 +56,20 @@ class Planner:
         return [self._job("expert", f"expert:{task}", (task,), seed, self.config.training) for task in tasks]
 
     def tuned(self, seed: str | None, tasks: Sequence[str]) -> list[Job]:
-        """The same experts under the objective of routing tuning."""
-        tuning = self.config.routing_tuning
+        """The same experts under the objective of routing tuning; where that is the ordinary one, the same jobs."""
+        tuning = None if self.config.routing_tuning.is_plain else self.config.routing_tuning
         return [
             self._job("expert", f"tuned:{task}", (task,), seed, self.config.training, tuning=tuning) for task in tasks
         ]
 
     def unseeded(self, tasks: Sequence[str]) -> list[Job]:
         """Experts that never saw the seed, each from its own initialization, with the seed's steps on top."""
-        training = self._training(self.config.training.steps + self.config.seed.local_steps)
-        streams = {task: 1 + self.config.tasks.experts.index(task) for task in tasks}
-        return [
-            self._job("expert", f"unseeded:{task}", (task,), None, training, init_seed=self._draw(streams[task]))
-            for task in tasks
-        ]
+        jobs = []
+        for task in tasks:
+            training = self._training(self.config.training.steps + self.config.seed.steps_on(task))
+            stream = self._draw(1 + self.config.tasks.experts.index(task))
+            jobs.append(self._job("expert", f"unseeded:{task}", (task,), None, training, init_seed=stream))
+        return jobs
 
     def joint(self, tasks: Sequence[str]) -> Job:
         """One adapter on the union of all tasks, with as many steps as all clients take together."""
@@ -156,7 +157,7 @@ class Planner:
         return self._training(self.config.seed.steps, self.config.seed.learning_rate)
 
     def _pooled_training(self, tasks: Sequence[str]) -> TrainingSettings:
-        return self._training(len(tasks) * (self.config.training.steps + self.config.seed.local_steps))
+        return self._training(sum(self.config.training.steps + self.config.seed.steps_on(task) for task in tasks))
 
     def _training(self, steps: int, learning_rate: float | None = None) -> TrainingSettings:
         rate = learning_rate or self.config.training.learning_rate

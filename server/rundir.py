@@ -81,6 +81,13 @@ class RunDirectory:
         """Let another process continue this run."""
         os.close(self._lock)
 
+    def view(self, config: FederationConfig) -> RunDirectory:
+        """This directory under another configuration: one store, one ledger, the same evaluations, the same lock.
+
+        What one view has trained, merged or measured the others find. A view publishes nothing.
+        """
+        return _View(self, config)
+
     @property
     def adapters(self) -> Path:
         return self.root / "adapters"
@@ -100,6 +107,19 @@ class RunDirectory:
             for place, parent in zip(expert_places(names), manifest.parents, strict=True):
                 _link_files(self.store.open(parent), aside / place)
         os.replace(aside, target)
+
+
+class _View(RunDirectory):
+    def __init__(self, of: RunDirectory, config: FederationConfig) -> None:
+        self._lock = of._lock
+        self.root, self.config = of.root, config
+        self.store, self.ledger = of.store, of.ledger
+
+    def close(self) -> None:
+        """Nothing: the lock is the directory's own."""
+
+    def publish(self, name: str, digest: str) -> None:
+        """Nothing: candidates of several configurations may have one name."""
 
 
 def _link_files(source: Path, target: Path) -> None:

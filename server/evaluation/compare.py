@@ -202,7 +202,7 @@ def _candidate(entry: Measured, tasks: Mapping[str, bool]) -> CandidateResult:
         kind=kind,
         own_task=entry.name.partition(":")[2] if kind == "expert" else None,
         general=_general(entry.drift) if entry.drift is not None else None,
-        routing=_router_use(entry.routing) if entry.routing else None,
+        routing=router_use(entry.routing) if entry.routing else None,
         digest=entry.digest,
         rank=entry.rank,
         parameters=entry.parameters,
@@ -223,7 +223,7 @@ def _general(drift: TextDrift) -> GeneralText:
     )
 
 
-def _router_use(by_task: Mapping[str, RoutingDiagnostics]) -> RouterUse:
+def router_use(by_task: Mapping[str, RoutingDiagnostics]) -> RouterUse:
     first = next(iter(by_task.values()))
     constant = first.kind in CONSTANT
     layers = {
