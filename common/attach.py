@@ -44,7 +44,7 @@ class AdapterSlot:
             AdapterMismatchError: if a module is missing in the model or has another shape; then nothing is changed.
         """
         modules = dict(self._model.named_modules())
-        pairs = [(_target(modules, name, factors), factors) for name, factors in (adapter or {}).items()]
+        pairs = [(target_module(modules, name, factors), factors) for name, factors in (adapter or {}).items()]
         for handle in self._handles:
             handle.remove()
         self._handles = [module.register_forward_hook(self._hook(module, factors)) for module, factors in pairs]
@@ -70,13 +70,13 @@ class AdapterSlot:
         return add_update
 
 
-def _target(modules: dict[str, nn.Module], name: str, factors: LoraFactors) -> nn.Module:
+def target_module(modules: dict[str, nn.Module], name: str, factors: LoraFactors) -> nn.Module:
     module = modules.get(name)
     if module is None:
         close = difflib.get_close_matches(name, modules, n=1)
         hint = f"The nearest one is '{close[0]}'." if close else "Is this adapter made for another base model?"
         raise AdapterMismatchError(f"the base model has no module '{name}', which the adapter adapts", hint)
-    shape = _shape(module)
+    shape = linear_shape(module)
     if shape != factors.shape:
         raise AdapterMismatchError(
             f"module '{name}' is {list(shape) if shape else 'not a linear layer'} in the base model, "
@@ -86,7 +86,7 @@ def _target(modules: dict[str, nn.Module], name: str, factors: LoraFactors) -> n
     return module
 
 
-def _shape(module: nn.Module) -> tuple[int, int] | None:
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """``(out, in)`` of a linear module, also of quantized ones and of GPT-2's transposed `Conv1D`."""
     if hasattr(module, "in_features") and hasattr(module, "out_features"):
         return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from seedbed.common.adapter import Adapter, LoraFactors
-from seedbed.common.attach import _shape
+from seedbed.common.attach import linear_shape
 from seedbed.common.errors import AdapterMismatchError, ConfigError
 from seedbed.common.routing.diagnostics import imbalance
 from seedbed.common.routing.gates import SigmoidGate
@@ -217,7 +217,7 @@ def _names(count: int) -> tuple[str, ...]:
 
 def _shape_of(model: nn.Module, name: str) -> tuple[int, int]:
     module = dict(model.named_modules()).get(name)
-    shape = _shape(module) if module is not None else None
+    shape = linear_shape(module) if module is not None else None
     if shape is None:
         what = "is not a linear layer" if module is not None else "is missing"
         raise AdapterMismatchError(f"module '{name}' {what} in the base model", "Name linear layers of the base model.")

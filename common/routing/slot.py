@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from seedbed.common.adapter import LoraFactors
 from seedbed.common.algebra import wide
-from seedbed.common.attach import _target
+from seedbed.common.attach import target_module
 from seedbed.common.errors import ConfigError
 from seedbed.common.routing.diagnostics import RoutingDiagnostics, Tally, diagnose
 from seedbed.common.routing.gates import ConstantGate, make_gate
@@ -104,7 +104,7 @@ def targets(model: nn.Module, mixture: Mixture) -> dict[str, nn.Module]:
         AdapterMismatchError: if one is missing or has another shape.
     """
     modules = dict(model.named_modules())
-    return {name: _target(modules, name, _any_factors(mixture, name)) for name in mixture.shapes}
+    return {name: target_module(modules, name, _any_factors(mixture, name)) for name in mixture.shapes}
 
 
 def _any_factors(mixture: Mixture, name: str) -> LoraFactors:

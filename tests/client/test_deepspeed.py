@@ -146,6 +146,32 @@ def test_deepspeed_agrees_with_torch_on_experts_with_their_router(
         assert torch.allclose(tensors["weight"], router.tensors[name]["weight"], atol=1e-4)
 
 
+def test_deepspeed_agrees_with_torch_on_a_router_over_frozen_experts(spec: Make, tmp_path: Path) -> None:
+    for index in range(2):
+        run(
+            spec(tmp_path / f"expert{index}", engine="torch", data_seed=index),
+            deadline=300,
+            log=tmp_path / f"log{index}",
+        )
+    made = {
+        "kind": "router",
+        "names": ("a", "b"),
+        "experts": (tmp_path / "expert0", tmp_path / "expert1"),
+        "parents": ("0" * 64, "1" * 64),
+        "router": RouterSettings(kind="learned"),
+    }
+    alone = train(spec(Path("unused"), engine="torch", **made), lambda _: None).value
+    run(
+        spec(tmp_path / "router", deepspeed={"processes": 2, "zero_stage": 3}, **made),
+        deadline=300,
+        log=tmp_path / "log",
+    )
+    router, _, _ = read_router(tmp_path / "router")
+    for name, tensors in alone.tensors.items():
+        assert tensors["weight"].any()
+        assert torch.allclose(tensors["weight"], router.tensors[name]["weight"], atol=1e-4)
+
+
 def test_factors_stay_float32_over_a_bfloat16_model_in_slices(spec: Make, tmp_path: Path) -> None:
     given = spec(tmp_path / "adapter", dtype="bfloat16", steps=1, deepspeed={"processes": 1, "zero_stage": 3})
     adapter, manifest = read_adapter(run(given, deadline=300, log=tmp_path / "log").directory)
