@@ -11,19 +11,19 @@ from seedbed.server.evaluation.tables import DIGEST, Generation, Grid
 
 def markdown(results: Results) -> str:
     """The whole report."""
-    parts = [f"# {_plain(results.name)}: what the federation gained", f"**{_plain(results.answer)}**"]
-    parts += [f"> {_plain(note)}" for note in results.notes]
-    parts += ["## Candidates", _table(tables.overview(results))]
+    parts = [f"# {plain(results.name)}: what the federation gained", f"**{plain(results.answer)}**"]
+    parts += [f"> {plain(note)}" for note in results.notes]
+    parts += ["## Candidates", table(tables.overview(results))]
     grids = [tables.differences(results, *pair) for pair in compared(results)]
-    parts += ["## Differences", *map(_table, grids)] if grids else []
-    parts += ["## Tasks", *(_table(tables.by_task(results, held_in=inside)) for inside in _present(results))]
+    parts += ["## Differences", *map(table, grids)] if grids else []
+    parts += ["## Tasks", *(table(tables.by_task(results, held_in=inside)) for inside in _present(results))]
     others = (beside.general(results), beside.tuning(results), beside.routers(results))
     for grid in (tables.experts(results), *others, tables.candidate_costs(results), tables.costs(results)):
-        parts += [f"## {grid.caption}", _table(grid, caption=False)] if grid else []
+        parts += [f"## {grid.caption}", table(grid, caption=False)] if grid else []
     if results.diagnostics:
-        parts += ["## Diagnostics", "\n".join(f"- {_plain(line)}" for line in tables.diagnostics(results))]
+        parts += ["## Diagnostics", "\n".join(f"- {plain(line)}" for line in tables.diagnostics(results))]
     if results.lineage:
-        parts += ["## Lineage", "\n".join(_tree(tables.lineage(results), 0))]
+        parts += ["## Lineage", "\n".join(tree(tables.lineage(results), 0))]
     parts += ["## How it was made", *_making(results)]
     return "\n\n".join(parts) + "\n"
 
@@ -54,10 +54,11 @@ def _making(results: Results) -> list[str]:
         parts.append(f"Base model: {results.base.name}, `{results.base.digest}`")
     parts.append(intervals_note(results))
     grids = (tables.versions(results), tables.settings(results))
-    return parts + [_table(grid) for grid in grids if grid.rows]
+    return parts + [table(grid) for grid in grids if grid.rows]
 
 
-def _table(grid: Grid, *, caption: bool = True) -> str:
+def table(grid: Grid, *, caption: bool = True) -> str:
+    """A grid with its note."""
     lines = [f"**{grid.caption}**", ""] if caption else []
     lines.append("| " + " | ".join(map(_cell, grid.headers)) + " |")
     lines.append("| --- |" + " ---: |" * (len(grid.headers) - 1))
@@ -70,22 +71,23 @@ def _table(grid: Grid, *, caption: bool = True) -> str:
 
 
 def _cell(text: str) -> str:
-    return _plain(text).replace("|", r"\|")
+    return plain(text).replace("|", r"\|")
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text without line breaks and without what Markdown would take for markup."""
     escaped = "".join(f"\\{letter}" if letter in "\\`*_<>[]" else letter for letter in text)
     return " ".join(escaped.split())
 
 
-def _tree(generations: Sequence[Generation], depth: int) -> list[str]:
+def tree(generations: Sequence[Generation], depth: int) -> list[str]:
+    """Lines of nested lists."""
     lines = []
     for generation in generations:
         lines.append("  " * depth + "- " + ", ".join(_node(node) for node in generation.nodes))
-        lines += _tree(generation.children, depth + 1)
+        lines += tree(generation.children, depth + 1)
     return lines
 
 
 def _node(node: LineageNode) -> str:
-    return f"{_plain(node.name)} `{node.digest[:DIGEST]}`"
+    return f"{plain(node.name)} `{node.digest[:DIGEST]}`"

@@ -104,3 +104,147 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - place) * p_values[index]))
         adjusted[index] = running
     return adjusted
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Variance of a mean over tasks, examples and random seeds, by where it comes from."""
+
+    seeds: float
+    """Of the seeds' means, with whatever examples do differently from seed to seed; ``seed_count - 1`` degrees of freedom."""
+    examples: float
+    """Of the examples, beyond that: what all seeds share. With one seed, all that there is."""
+    seed_count: int
+
+    @property
+    def stderr(self) -> float:
+        return math.sqrt(self.seeds + self.examples)
+
+
+@dataclass(frozen=True, slots=True)
+class SeededDifference(Difference):
+    """A difference over several random seeds; its interval speaks of other examples and of other training runs."""
+
+    stderr: float
+    seeds: int
+
+
+def seeded_mean(values: Mapping[str, ArrayLike]) -> tuple[float, Spread]:
+    """Mean over tasks (each once), examples and seeds, and how sure it is.
+
+    With examples crossed with seeds, ``x_si = μ + a_s + b_i + e_si`` in each task, the mean's variance is
+    ``σ_a²/S + σ_b²/n + σ_e²/(S n)``. The seeds' means have a variance over S of ``σ_a²/S + σ_e²/(S n)``, the examples' over
+    n of ``σ_b²/n + σ_e²/(S n)``; what they count twice is estimated from the residuals and taken off the second (two-way
+    analysis of variance; Searle, Casella & McCulloch, *Variance Components*, 1992). Tasks are fixed strata.
+
+    Args:
+        values: by task, ``[seeds, examples]``; every task has the same seeds in the same order.
+
+    Raises:
+        ValueError: if there is no task, a task has no example, or tasks have different numbers of seeds.
+    """
+    arrays = list(_by_seed(values).values())
+    count = arrays[0].shape[0]
+    examples = [_example_variance(array.mean(axis=0)) / len(arrays) ** 2 for array in arrays]
+    value = float(np.mean([array.mean() for array in arrays]))
+    if count == 1:
+        return value, Spread(0.0, math.fsum(examples), 1)
+    seeds = float(np.mean([array.mean(axis=1) for array in arrays], axis=0).var(ddof=1) / count)
+    twice = math.fsum(_residual_variance(array) / len(arrays) ** 2 for array in arrays)
+    return value, Spread(seeds, max(0.0, math.fsum(examples) - twice), count)
+
+
+def seeded_difference(
+    ours: Mapping[str, ArrayLike], theirs: Mapping[str, ArrayLike], *, seed: int = 0, resamples: int = RESAMPLES
+) -> SeededDifference:
+    """Difference of means, paired by task, random seed and example: a bootstrap over examples, a t distribution over seeds.
+
+    Three seeds cannot be resampled: their percentile bootstrap covers the truth in about 75 cases of 100 where it says 95.
+    So the difference's distribution is the sum of what resampled examples do (stratified by task, scaled to the part of the
+    variance that is theirs) and of the seeds' standard error times a Student t of S - 1 degrees of freedom: the
+    Behrens-Fisher distribution (Fisher, 1935), whose intervals are never too narrow, and too wide only where both parts
+    matter and seeds are few. With one seed it is `paired_difference`, with deviations over n - 1.
+
+    Args:
+        ours: by task, ``[seeds, examples]``.
+        theirs: the same tasks, seeds and examples.
+        seed: of the resampling.
+
+    Raises:
+        ValueError: if they share no task, or a shared task has another number of seeds or examples.
+    """
+    tasks = sorted(set(ours) & set(theirs))
+    if not tasks:
+        raise ValueError("the two candidates were measured on no task in common")
+    differences = _by_seed({task: _paired(task, ours[task], theirs[task]) for task in tasks})
+    value, spread = seeded_mean(differences)
+    rng = np.random.default_rng(seed)
+    draws = value + _example_noise(differences, spread, resamples, rng) + _seed_noise(spread, resamples, rng)
+    draws[np.abs(draws) < 1e-12] = 0.0
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return SeededDifference(
+        value=value,
+        low=float(low),
+        high=float(high),
+        p=_p_value(draws),
+        tasks=len(tasks),
+        n=sum(array.shape[1] for array in differences.values()),
+        stderr=spread.stderr,
+        seeds=spread.seed_count,
+    )
+
+
+def _by_seed(values: Mapping[str, ArrayLike]) -> dict[str, NDArray[np.float64]]:
+    """Arrays ``[seeds, examples]`` with the seeds in an order of their own: naming them otherwise changes no bit of a sum."""
+    arrays = {task: np.atleast_2d(np.asarray(values[task], dtype=np.float64)) for task in sorted(values)}
+    if not arrays or any(array.size == 0 for array in arrays.values()):
+        raise ValueError("there is no task, or a task without examples")
+    if len({array.shape[0] for array in arrays.values()}) > 1:
+        raise ValueError("the tasks were measured with different numbers of random seeds")
+    order = np.lexsort(np.concatenate(list(arrays.values()), axis=1).T)
+    return {task: array[order] for task, array in arrays.items()}
+
+
+def _example_variance(means: NDArray[np.float64]) -> float:
+    return standard_error(means) ** 2
+
+
+def _residual_variance(array: NDArray[np.float64]) -> float:
+    """``σ_e² / (S n)`` of one task ``[S, n]``; 0 for a single example, whose residual nobody sees."""
+    seeds, examples = array.shape
+    if examples == 1:
+        return 0.0
+    residuals = array - array.mean(axis=0) - array.mean(axis=1, keepdims=True) + array.mean()
+    return float((residuals**2).sum() / ((seeds - 1) * (examples - 1)) / array.size)
+
+
+def _example_noise(
+    differences: Mapping[str, NDArray[np.float64]], spread: Spread, resamples: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    means = [array.mean(axis=0) for array in differences.values()]
+    whole = math.fsum(_example_variance(mean) for mean in means) / len(means) ** 2
+    noise = np.mean([_centred(mean, resamples, rng) for mean in means], axis=0)
+    share = spread.examples / whole if whole else 0.0
+    scaled: NDArray[np.float64] = math.sqrt(share) * noise
+    return scaled
+
+
+def _centred(means: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    if means.size == 1:
+        return standard_error(means) * rng.standard_normal(resamples)
+    # Resampling n of n has the deviation over n; ours is over n - 1, as everywhere.
+    wider = math.sqrt(means.size / (means.size - 1))
+    centred: NDArray[np.float64] = wider * (_resampled_means(means, resamples, rng) - means.mean())
+    return centred
+
+
+def _seed_noise(spread: Spread, resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    if spread.seed_count == 1:
+        return np.zeros(resamples)
+    from scipy.special import stdtrit
+
+    # Equally likely values in random order rather than random values: the far tails of a t with one or two degrees of
+    # freedom then do not depend on luck.
+    quantiles = stdtrit(spread.seed_count - 1, (np.arange(resamples) + 0.5) / resamples)
+    noise: NDArray[np.float64] = math.sqrt(spread.seeds) * rng.permutation(quantiles)
+    return noise
