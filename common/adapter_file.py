@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterable, KeysView
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from seedbed.common.adapter import LoraFactors
 from seedbed.common.checks import require_finite
@@ -108,8 +108,14 @@ class AdapterFile:
         dtype = self.dtype(module)
         A, B = (self._tensors.tensor(self._keys[module][factor]).to(dtype) for factor in "AB")
         factors = LoraFactors(A, B, self.scaling(module))
-        refuse_non_finite(module, factors)
+        require_finite(module, factors)
         return factors
+
+    def part(self, module: str, factor: Literal["A", "B"], start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows ``start … stop`` of one factor of a module, read from the file as they are, unchecked."""
+        key = self._keys[module][factor]
+        rows = self._tensors.shape(key)[0]
+        return self._tensors.rows(key, start, rows if stop is None else stop)
 
     def prefetch(self, module: str) -> None:
         """Have the system read a module from the disk while something else is computed."""
@@ -154,17 +160,6 @@ class AdapterFile:
                     f"{self.directory}: expected {field} {claimed} from {MANIFEST}, got {found}",
                     "The files were changed after they were written; fetch or make the adapter again.",
                 )
-
-
-def refuse_non_finite(module: str, factors: LoraFactors) -> None:
-    """`require_finite`, at the speed of memory where all is well: the extremes of a tensor are NaN or infinite if it is.
-
-    Raises:
-        NonFiniteError: naming the module and the factor.
-    """
-    extremes = (float(end) for tensor in (factors.A, factors.B) for end in torch.aminmax(tensor))
-    if not all(map(math.isfinite, (factors.scaling, *extremes))):
-        require_finite(module, factors)
 
 
 def read_manifest(directory: Path) -> Manifest:

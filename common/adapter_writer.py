@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from seedbed.common.adapter import Adapter, LoraFactors
-from seedbed.common.adapter_file import CONFIG, MANIFEST, PREFIX, TENSORS, dtype_name, refuse_non_finite
+from seedbed.common.adapter_file import CONFIG, MANIFEST, PREFIX, TENSORS, dtype_name
+from seedbed.common.checks import is_finite, require_finite
 from seedbed.common.errors import AdapterFormatError, NonFiniteError
 from seedbed.common.files import new_directory, write_file
 from seedbed.common.manifest import BaseIdentity, Kind, Manifest
@@ -71,10 +73,38 @@ class AdapterWriter:
         """
         if factors.rank == 0:
             raise AdapterFormatError(f"module {module} has rank 0, expected 1 or more")
-        refuse_non_finite(module, factors)
+        require_finite(module, factors)
         for key, tensor in zip(_keys(module), (factors.A, factors.B), strict=True):
             self._tensors.add(key, tensor)
         self._shapes[module] = factors.to(device="meta")
+
+    def add_parts(
+        self,
+        module: str,
+        *,
+        shape: tuple[int, int],
+        rank: int,
+        dtype: torch.dtype,
+        scaling: float,
+        A: Iterable[Tensor],
+        B: Iterable[Tensor],
+    ) -> None:
+        """`add` for factors that come in parts of rows, so that a module need not be held as a whole.
+
+        Args:
+            shape: ``(out, in)``.
+            A: parts whose rows together are ``[rank, in]``, in `dtype`.
+            B: parts whose rows together are ``[out, rank]``, in `dtype`.
+
+        Raises:
+            NonFiniteError: if a part holds NaN or infinity.
+        """
+        outputs, inputs = shape
+        for key, size, parts in zip(_keys(module), ((rank, inputs), (outputs, rank)), (A, B), strict=True):
+            self._tensors.add_parts(key, KINDS[dtype], size, _finite(key, parts))
+        with torch.device("meta"):
+            empty = torch.empty(rank, inputs, dtype=dtype), torch.empty(outputs, rank, dtype=dtype)
+        self._shapes[module] = LoraFactors(*empty, scaling)
 
     def finish(
         self,
@@ -118,6 +148,15 @@ class AdapterWriter:
         for name, data in ((CONFIG, configuration), (MANIFEST, manifest.canonical())):
             write_file(self._directory / name, data)
         return manifest
+
+
+def _finite(key: str, parts: Iterable[Tensor]) -> Iterator[Tensor]:
+    for part in parts:
+        if not is_finite(part):
+            raise NonFiniteError(
+                f"{key} of the result is NaN or infinite", "Write it in a wider dtype, such as float32."
+            )
+        yield part
 
 
 def _tensor_writer(path: Path, modules: Sequence[str], expected: Mapping[str, LoraFactors] | None) -> TensorWriter:

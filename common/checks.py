@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.algebra import norms
@@ -106,7 +107,7 @@ def require_finite(module: str, factors: LoraFactors) -> None:
         NonFiniteError: naming the module and the factor.
     """
     for name, tensor in (("lora_A", factors.A), ("lora_B", factors.B)):
-        if not bool(torch.isfinite(tensor).all()):
+        if not is_finite(tensor):
             count = int((~torch.isfinite(tensor)).sum())
             raise NonFiniteError(
                 f"module {module}: {name} holds {count} values that are NaN or infinite, expected 0",
@@ -114,6 +115,11 @@ def require_finite(module: str, factors: LoraFactors) -> None:
             )
     if not math.isfinite(factors.scaling):
         raise NonFiniteError(f"module {module}: scaling is {factors.scaling}", "Check alpha and rank.")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor is free of NaN and infinity, at the speed of memory: its extremes are not finite if it is not."""
+    return tensor.numel() == 0 or all(math.isfinite(float(end)) for end in torch.aminmax(tensor))
 
 
 def _shown(base: BaseIdentity) -> str:

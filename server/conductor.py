@@ -24,7 +24,7 @@ from seedbed.server.evaluation import results as records
 from seedbed.server.evaluation.report import write_report
 from seedbed.server.evaluation.results import Results
 from seedbed.server.federation import Federation
-from seedbed.server.inputs import EMBEDDED_TEST, Inputs, find_inputs, write_embedded
+from seedbed.server.inputs import EMBEDDED_TEST, Inputs, find_inputs, with_embedded_text, write_embedded
 from seedbed.server.ledger import Entry
 from seedbed.server.measurement import Measurement
 from seedbed.server.observer import Observer, Silent
@@ -106,7 +106,7 @@ def open_setting(
     found = find_inputs(config)
     base = basemodel.identify(directory, config.base.model)
     run = RunDirectory.open(root, config, found.hashes if found else {}, resume=resume)
-    inputs = found or write_embedded(config, run.root / "data")
+    inputs = with_embedded_text(found or write_embedded(config, run.root / "data"), config, run.root / "data")
     return Setting(run, inputs, base, shapes, observe, command)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from seedbed.common.config import FederationConfig
@@ -114,7 +114,8 @@ def _general(config: FederationConfig) -> General | None:
     tasks = config.tasks
     beside = tasks.data / "general_text.jsonl" if tasks.data is not None else None
     if tasks.general is None and (beside is None or not beside.is_file()):
-        if groups(resolve(config)) >= {"tuned"} and config.routing_tuning.needs_general_text and tasks.data is not None:
+        missing = "tuned" in groups(resolve(config)) and config.routing_tuning.needs_general_text
+        if missing and config.base.model != "embedded":
             raise DataError(
                 "routing tuning needs general text, and there is none",
                 'Set tasks.general to a file with one {"text": …} a line.',
@@ -124,9 +125,17 @@ def _general(config: FederationConfig) -> General | None:
     return _split(str(_existing(location, "tasks.general")), config)
 
 
+def with_embedded_text(inputs: Inputs, config: FederationConfig, directory: Path) -> Inputs:
+    """Give own tasks over the embedded model the general text of its kind, where they bring none; others stay as they are."""
+    if inputs.general is not None or config.base.model != "embedded":
+        return inputs
+    return replace(inputs, general=_embedded_general(config, directory))
+
+
 def _embedded_general(config: FederationConfig, directory: Path) -> General:
     path = directory / "general_text.jsonl"
     if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
         texts = general_text(EMBEDDED_GENERAL + config.tasks.general_test, seed=0)
         atomic_write(path, "".join(json.dumps({"text": text}) + "\n" for text in texts).encode())
     return _split(str(path), config)

@@ -15,6 +15,7 @@ from seedbed.common.errors import StorageError
 from seedbed.common.manifest import Kind, Manifest, recipe_hash
 from seedbed.server.merge_layout import Blocks, blocks_of, encode_ranks
 from seedbed.server.merge_plan import MergePlan, plan_merge
+from seedbed.server.merge_stream import write_average
 
 Progress = Callable[[str, int], None]
 """Told the name of each module that is done, and how many there are."""
@@ -62,12 +63,13 @@ def write_merged(plan: MergePlan, out: Path, *, kind: Kind = "merge", progress: 
     """Carry a plan out; the result appears when every hash has been verified."""
     names, blocks = plan.names, _blocks(plan)
     with new_adapter(out, names, _expected(plan, blocks)) as new:
-        for name, merged in plan.modules(names):
-            new.add(name, merged)
-            if blocks and merged.rank != sum(blocks[name]):
-                blocks = None  # not laid out as the manifest would say
-            if progress is not None:
-                progress(name, len(names))
+        if blocks is not None:
+            write_average(new, plan, blocks, progress)
+        else:
+            for name, merged in plan.modules(names):
+                new.add(name, merged)
+                if progress is not None:
+                    progress(name, len(names))
         parents = plan.digests()
         settings = plan.settings() | ({"ranks": encode_ranks(blocks)} if blocks else {})
         return finish_merge(new, plan, parents, settings, kind)

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from seedbed.common.config import FederationConfig, parse_config
-from seedbed.common.errors import ConfigError
+from seedbed.common.errors import ConfigError, DataError
 from seedbed.common.jobs import Node
-from seedbed.server.inputs import find_inputs, write_embedded
+from seedbed.server.inputs import find_inputs, with_embedded_text, write_embedded
 from seedbed.server.rundir import RunDirectory
 from seedbed.server.simulation import worker_count, write_nodes
 
@@ -80,3 +80,46 @@ def test_workers_are_as_many_as_asked_and_never_more_than_jobs() -> None:
     values = {"tasks": {"experts": ["a"]}}
     assert worker_count(parse_config({**values, "run": {"workers": 5}}), jobs=9) == 5
     assert worker_count(parse_config(values), jobs=1) == 1
+
+
+def general(path: Path, count: int) -> Path:
+    path.write_text("".join(f'{{"text": "text {index}"}}\n' for index in range(count)))
+    return path
+
+
+def test_the_last_general_texts_only_measure(tmp_path: Path) -> None:
+    data = directory(tmp_path / "data", "a.train", "a.test")
+    general(data / "general_text.jsonl", 5)
+    found = find_inputs(parse_config({"tasks": {"experts": ["a"], "data": str(data), "general_test": 2}}))
+    assert found is not None
+    assert found.general is not None
+    assert found.general.train == 3
+    assert found.general.test_texts() == ["text 3", "text 4"]
+    assert any("general_text" in name for name in found.hashes), "a run is not resumed with other text"
+    with pytest.raises(DataError, match="none is left to train on"):
+        find_inputs(parse_config({"tasks": {"experts": ["a"], "data": str(data), "general_test": 5}}))
+
+
+def test_routing_tuning_without_general_text_is_refused_except_on_the_embedded_model(tmp_path: Path) -> None:
+    data = directory(tmp_path / "data", "a.train", "a.test")
+    values = {"tasks": {"experts": ["a"], "data": str(data)}, "combine": {"candidates": ["base", "tuned"]}}
+    with pytest.raises(DataError, match="routing tuning needs general text") as refusal:
+        find_inputs(parse_config({**values, "base": {"model": "smollm2"}}))
+    assert "tasks.general" in refusal.value.hint
+    embedded = parse_config(values)
+    found = find_inputs(embedded)
+    assert found is not None
+    assert with_embedded_text(found, embedded, tmp_path / "made").general is not None
+
+
+def test_participants_get_general_text_to_train_on_and_never_that_which_measures(tmp_path: Path) -> None:
+    data = directory(tmp_path / "data", "a.train", "a.test")
+    text = general(tmp_path / "elsewhere.jsonl", 7)
+    settings = parse_config({"tasks": {"experts": ["a"], "data": str(data), "general": str(text), "general_test": 3}})
+    found = find_inputs(settings)
+    assert found is not None
+    run = RunDirectory.open(tmp_path / "run", settings, found.hashes, resume=False)
+    write_nodes(run, found, pooled=False, general=True, threads=1)
+    (node,) = [Node.model_validate(yaml.safe_load((run.root / "nodes/0.yaml").read_text()))]
+    assert [(source.task, source.limit) for source in node.data] == [("a", None), ("general", 4)]
+    run.close()

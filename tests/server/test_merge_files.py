@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.errors import (
     AdapterFormatError,
     AdapterMismatchError,
@@ -19,8 +20,11 @@ from seedbed.common.errors import (
     SeedbedError,
     StorageError,
 )
-from seedbed.common.storage import read_adapter, read_manifest
+from seedbed.common.manifest import BaseIdentity
+from seedbed.common.storage import read_adapter, read_manifest, write_adapter
+from seedbed.server import merge_stream
 from seedbed.server.merge_files import merge_directories
+from seedbed.server.merge_plan import plan_merge
 
 TOKENS = torch.arange(12).reshape(2, 6)
 EXPERTS: list[dict[str, Any]] = [
@@ -192,3 +196,33 @@ def test_an_expert_that_is_not_plain_lora_is_refused(inputs: list[Path], tmp_pat
     config.write_text(json.dumps(json.loads(config.read_text()) | {"use_dora": True}))
     with pytest.raises(AdapterFormatError, match="DoRA"):
         merge_directories(inputs, "average", tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.0]])
+@pytest.mark.parametrize("target", [None, "float32", "bfloat16"])
+def test_the_streamed_average_is_the_average_to_the_bit(
+    tmp_path: Path, dtype: torch.dtype, weights: list[float] | None, target: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merge_stream, "_PART", 64)  # so that even these small factors come in several parts
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (7, 5), "b": (4, 9)}
+    for index, (rank, scaling) in enumerate(((2, 1.0), (3, 1.0), (1, 0.5))):
+        modules = {
+            name: LoraFactors(
+                torch.randn(rank, columns, generator=generator).to(dtype),
+                torch.randn(rows, rank, generator=generator).to(dtype),
+                scaling,
+            )
+            for name, (rows, columns) in shapes.items()
+            if (name, index) != ("b", 1)
+        }
+        write_adapter(tmp_path / f"e{index}", Adapter(modules), kind="expert", base=BaseIdentity(name="tiny"))
+    inputs = [tmp_path / f"e{index}" for index in range(3)]
+    merge_directories(inputs, "average", tmp_path / "out", weights=weights, dtype=target)
+    streamed, _ = read_adapter(tmp_path / "out")
+    plan = plan_merge(inputs, "average", weights=weights, dtype=target)
+    for name, expected in plan.modules(plan.names):
+        assert torch.equal(streamed[name].A, expected.A)
+        assert torch.equal(streamed[name].B, expected.B)
+        assert streamed[name].scaling == pytest.approx(expected.scaling, rel=1e-15)
