@@ -113,8 +113,8 @@ def merge(
 
     An average can be changed later: seedbed merge AVERAGE --without EXPERT --with DIR --out NEW.
     """
-    from seedbed.server.merge_verb import MergeRequest, methods_table
-    from seedbed.server.merge_verb import merge as run_merge
+    from seedbed.server.adapters.merge_verb import MergeRequest, methods_table
+    from seedbed.server.adapters.merge_verb import merge as run_merge
 
     if list_:
         Console().print(methods_table(method))
@@ -157,9 +157,9 @@ def inspect(
     import json
 
     from seedbed.common.files import atomic_write
-    from seedbed.server.inspection import inspect_adapters
-    from seedbed.server.inspection_plot import require_suffix, write_plot
-    from seedbed.server.inspection_tables import as_json, tables
+    from seedbed.server.adapters.inspection import inspect_adapters
+    from seedbed.server.adapters.inspection_plot import require_suffix, write_plot
+    from seedbed.server.adapters.inspection_tables import as_json, tables
 
     if plot is not None:
         require_suffix(plot)

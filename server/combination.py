@@ -16,10 +16,10 @@ from seedbed.common.adapter import Adapter
 from seedbed.common.config import Group
 from seedbed.common.manifest import BaseIdentity, Kind, recipe_hash
 from seedbed.common.storage import write_adapter
+from seedbed.server.adapters.files import merge_directories
 from seedbed.server.candidates import Candidate, Role, needs_seed, resolve
 from seedbed.server.diagnostics import Diagnostics
 from seedbed.server.ledger import Entry
-from seedbed.server.merge_files import merge_directories
 from seedbed.server.merging.order import random_orders
 from seedbed.server.mixtures import Mixer
 from seedbed.server.observer import Observer

@@ -13,6 +13,7 @@ ALLOWED = {
     "client": {"client", "common", "proto"},
     "server": {"server", "common", "proto"},
     "server/merging": {"server.merging", "common"},
+    "server/adapters": {"server.adapters", "server.merging", "server.observer", "common"},
 }
 PURE = ("common/adapter.py", "common/algebra.py", "common/gram.py", "common/lowrank.py", "common/partial_svd.py")
 """Values and maths: torch only, no input or output."""
