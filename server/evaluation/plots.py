@@ -125,26 +125,38 @@ def heat_map(results: Results) -> str:
 
 
 def grid_of_numbers(
-    key: str, title: str, rows: Sequence[str], columns: Sequence[str], values: Any, *, line: int | None = None
+    key: str,
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Any,
+    *,
+    line: int | None = None,
+    column: int | None = None,
+    margin: float = 1.8,
 ) -> str:
     """A heat map with its numbers, from 0 to 100; missing ones (NaN) stay empty.
 
     Args:
         line: number of rows above a thick line.
+        column: number of columns before a thick line.
+        margin: inches for the rows' names.
     """
     import numpy as np
 
     grid = np.asarray(values, dtype=float)
-    with figure(0.3 * len(rows) + 2.2, max(_WIDTH, 0.42 * len(columns) + 1.8)) as (_, axes, svg):
+    with figure(0.3 * len(rows) + 2.2, max(_WIDTH, 0.42 * len(columns) + margin)) as (_, axes, svg):
         edges = np.arange(len(columns) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5
         axes.pcolormesh(*edges, np.ma.masked_invalid(grid), cmap="viridis", vmin=0, vmax=100)
         axes.invert_yaxis()
-        for (row, column), value in np.ndenumerate(grid):
+        for (row, place), value in np.ndenumerate(grid):
             if not np.isnan(value):
                 colour = "black" if value > 60 else "white"
-                axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8.5)
+                axes.text(place, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8.5)
         if line is not None:
             axes.axhline(line - 0.5, color=INK, linewidth=2)
+        if column is not None:
+            axes.axvline(column - 0.5, color=INK, linewidth=2)
         axes.set_yticks(range(len(rows)), rows)
         axes.set_xticks(range(len(columns)), columns, rotation=55, ha="left")
         axes.xaxis.tick_top()
