@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from seedbed.common import basemodel
 from seedbed.common.adapter import Adapter
+from seedbed.common.config import FederationConfig
 from seedbed.common.drift import Drift, TextDrift
 from seedbed.common.files import atomic_write
 from seedbed.common.manifest import BaseIdentity, Record, recipe_hash
@@ -116,15 +117,7 @@ class Measurement:
 
     def _key(self, candidate: Combination, task: EvalTask) -> str:
         """Hash of what determines a score. The data's hashes are the run's: it is not resumed with other data."""
-        return recipe_hash(
-            {
-                "candidate": candidate.digest,
-                "base": self.base.digest,
-                "task": task.name,
-                "prompt": self.run.config.tasks.prompt,
-                "limit": self.run.config.evaluation.limit,
-            }
-        )
+        return score_key(candidate.digest, self.base, task.name, self.run.config)
 
     def _path(self, candidate: Combination, task: EvalTask, kind: str = "") -> Path:
         return self.run.root / "evaluations" / f"{self._key(candidate, task)}{kind}.json"
@@ -179,6 +172,19 @@ class Measurement:
             self._lm.set_adapter(wearable(self.run.store, digest) if digest else None)
             self._worn = digest
         return self._lm
+
+
+def score_key(digest: str | None, base: BaseIdentity, task: str, config: FederationConfig) -> str:
+    """Under which a candidate's score on a task is kept; see `Measurement`."""
+    return recipe_hash(
+        {
+            "candidate": digest,
+            "base": base.digest,
+            "task": task,
+            "prompt": config.tasks.prompt,
+            "limit": config.evaluation.limit,
+        }
+    )
 
 
 def wearable(store: AdapterStore, digest: str) -> Adapter | Mixture:

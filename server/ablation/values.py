@@ -69,13 +69,15 @@ class Cell(Record):
     changes: tuple[str, ...] = ()
     """On top of the plan's own."""
     metrics: tuple[Metric, ...] = ("zero_shot_accuracy",)
+    is_full: bool = False
+    """The full method itself under another name, as one point of its row's curve: there is no effect to test."""
 
 
 class SeedOutcome(Record):
     """What one cell gave with one random seed."""
 
     digest: str | None
-    """Of the candidate; none is the base model."""
+    """Of the candidate; none is the base model, or what is computed from the scores of several (`oracle`, `experts`)."""
     scores: tuple[TaskResult, ...]
     """With the outcome of every example; `held_in` is with respect to the experts."""
     seen_by_seed: tuple[str, ...] = ()

@@ -53,6 +53,7 @@ def put(store: Path, job: Job, value: Adapter, **fields: Any) -> str:
         "base": BASE,
         "parents": job.parents,
         "recipe": job.recipe,
+        "task": job.tasks[0] if len(job.tasks) == 1 else None,
         "metrics": {"loss": 1.0},
         **fields,
     }

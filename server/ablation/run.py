@@ -1,0 +1,310 @@
+"""Run an ablation: every distinct configuration and random seed once, over views of one run directory.
+
+Whatever another cell has trained, merged or measured is found by what determines it and not done again. The ledger and the kept
+scores are all the state there is, so a run that was ended in any way continues from them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from flwr.clientapp import ClientApp
+from pydantic import ValidationError
+
+from seedbed.common import basemodel
+from seedbed.common.config import FederationConfig
+from seedbed.common.errors import EnvironmentFailure, QuorumError, ResumeError, SeedbedError
+from seedbed.common.files import atomic_write
+from seedbed.common.jobs import Hello, Job, JobResult
+from seedbed.common.manifest import BaseIdentity
+from seedbed.common.targets import target_shapes
+from seedbed.server.ablation.cells import FULL, Group, Variant, base_config, expand, groups, with_candidates
+from seedbed.server.ablation.outcomes import Costs, Made, Scorer, measure, reason_of
+from seedbed.server.ablation.plan import refuse_change
+from seedbed.server.ablation.prefetch import Gathered, missing, prefetch
+from seedbed.server.ablation.values import CellOutcome, Plan, SeedOutcome
+from seedbed.server.admission import Shapes
+from seedbed.server.federation import Federation
+from seedbed.server.inputs import Inputs, find_inputs, write_embedded
+from seedbed.server.ledger import Entry
+from seedbed.server.measurement import Measurement
+from seedbed.server.observer import Observer
+from seedbed.server.plan import Planner
+from seedbed.server.rundir import RunDirectory
+from seedbed.server.simulation import simulate, worker_count, write_nodes
+from seedbed.server.workforce import Failure, Workforce
+
+PLAN = "plan.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Study:
+    """An ablation with everything that it needs except participants and a scorer."""
+
+    variants: Sequence[Variant]
+    seeds: Sequence[int]
+    run: RunDirectory
+    base: BaseIdentity
+    shapes: Callable[[FederationConfig], Shapes]
+    observe: Observer
+
+    def units(self) -> list[Unit]:
+        """One for each random seed and configuration."""
+        return [Unit(seed, group) for seed in self.seeds for group in groups(self.variants)]
+
+    def federation(self, config: FederationConfig, workforce: Workforce) -> Federation:
+        return Federation(self.run.view(config), workforce, self.base, self.shapes(config), self.observe)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A configuration with a random seed."""
+
+    seed: int
+    group: Group
+
+    def config(self) -> FederationConfig:
+        return configured(self.group.config, self.group.variants, self.seed)
+
+    def alone(self) -> Iterator[Unit]:
+        """Each cell by itself."""
+        for variant in self.group.variants:
+            yield Unit(self.seed, Group(with_candidates([variant]), (variant,)))
+
+
+@dataclass
+class Trained:
+    """What the federations gave."""
+
+    made: list[tuple[int, Made]] = field(default_factory=list)
+    """With the random seed."""
+    failures: dict[tuple[str, int], SeedbedError] = field(default_factory=dict)
+    """By cell and random seed."""
+
+
+def run_ablation(
+    plan: Plan,
+    root: Path,
+    client_app: ClientApp,
+    observe: Observer,
+    *,
+    seeds: Sequence[int] = (0,),
+    resume: bool = False,
+) -> list[CellOutcome]:
+    """Run a plan into a directory and return what was measured, the full method first.
+
+    Participants are started only when some training is missing.
+
+    Args:
+        seeds: random seeds; everything random is repeated with each.
+
+    Raises:
+        ConfigError: if the plan or its configuration makes no sense.
+        ResumeError: if `resume` is set and the plan has changed.
+        SeedbedError: if the full method fails with every random seed.
+    """
+    study, inputs = open_study(plan, root, observe, seeds, resume)
+    try:
+        trained = _train(study, inputs, client_app)
+        outcomes = measured(study, trained, Measurement(study.run, study.base, inputs, observe))
+        study.run.ledger.append(Entry(event="finished", name=plan.name))
+        return outcomes
+    except SeedbedError as error:
+        study.run.ledger.append(Entry(event="failed", reason=error.message))
+        raise
+    finally:
+        study.run.close()
+
+
+def open_study(plan: Plan, root: Path, observe: Observer, seeds: Sequence[int], resume: bool) -> tuple[Study, Inputs]:
+    """Check everything that can be checked before anything is written, then open the run directory."""
+    variants = expand(plan)
+    config = whole_config(plan, variants)
+    found = groups(variants)
+    directory = basemodel.resolve(config.base)
+    shapes = {_lora(group.config): target_shapes(directory, group.config.lora) for group in found}
+    inputs = [find_inputs(group.config) for group in found]
+    ready = [one for one in inputs if one is not None]
+    base = basemodel.identify(directory, config.base.model)
+    before = _plan_of(root)
+    if before is not None and resume:
+        refuse_change(before, plan, str(root))
+    hashes = {name: value for one in ready for name, value in one.hashes.items()}
+    run = RunDirectory.open(root, config, hashes, resume=resume)
+    try:
+        if before is None:
+            if next(run.ledger.of("accepted", "combined"), None) is not None:
+                raise ResumeError(f"{root} is a run of another kind: it has no {PLAN}", "Name another --out.")
+            atomic_write(run.root / PLAN, (plan.model_dump_json(indent=2) + "\n").encode())
+        if not ready:
+            ready = [write_embedded(group.config, run.root / "data") for group in found]
+    except BaseException:
+        run.close()
+        raise
+    study = Study(variants, seeds, run, base, lambda config: shapes[_lora(config)], observe)
+    return study, _union(ready)
+
+
+def whole_config(plan: Plan, variants: Sequence[Variant]) -> FederationConfig:
+    """The plan's configuration with the expert tasks of all cells."""
+    config = base_config(plan)
+    tasks = [task for variant in variants for task in variant.config.tasks.experts]
+    experts = tuple(dict.fromkeys((*config.tasks.experts, *tasks)))
+    return config.model_copy(update={"tasks": config.tasks.model_copy(update={"experts": experts})})
+
+
+def configured(config: FederationConfig, variants: Sequence[Variant], seed: int) -> FederationConfig:
+    """A configuration as an ablation runs it: with its random seed, and nobody may be missing.
+
+    A comparison in which one side silently lacks an expert would be wrong, so the quorum is all.
+    """
+    everywhere = any(variant.candidate.role in ("alone", "oracle") for variant in variants)
+    changes = {
+        "run": config.run.model_copy(update={"random_seed": seed}),
+        "stages": config.stages.model_copy(update={"quorum": 1.0}),
+        "evaluation": config.evaluation.model_copy(update={"expert_tasks": "all" if everywhere else "own"}),
+    }
+    return config.model_copy(update=changes)
+
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+def trained_by(study: Study, workforce: Workforce, participants: int) -> Trained:
+    """All federations, whatever is missing of them."""
+    units = study.units()
+    gathered = Gathered(workforce, participants)
+    quiet = [study.federation(unit.config(), gathered) for unit in units]
+    prefetch(quiet, gathered, study.observe)
+    gathered.forget_failures()  # each gets a second chance, from the cell that needs it
+    result = Trained()
+    for unit in units:
+        _conduct(study, unit, gathered, result)
+    return result
+
+
+def _conduct(study: Study, unit: Unit, workforce: Workforce, result: Trained) -> None:
+    """All cells of a unit at once; if that fails each alone, so that only those fail that need what failed."""
+    federation = study.federation(unit.config(), workforce)
+    try:
+        found = {made.name: made for made in federation.conduct(diagnose=False)}
+        assert federation.parts is not None  # it was conducted
+        result.made.append((unit.seed, Made(federation.run, unit.group.variants, federation.parts, found)))
+    except Exception as error:
+        if len(unit.group.variants) > 1:
+            for single in unit.alone():
+                _conduct(study, single, workforce, result)
+            return
+        name = unit.group.variants[0].cell.name
+        result.failures[name, unit.seed] = _as_ours(error)
+        study.observe.note(f"cell {name}, random seed {unit.seed}: {reason_of(error)}")
+
+
+def _train(study: Study, inputs: Inputs, client_app: ClientApp) -> Trained:
+    """With participants where some training is missing, else without."""
+    units = study.units()
+    planners = [Planner(unit.config(), study.base) for unit in units]
+    if not missing([study.federation(unit.config(), _Nobody()) for unit in units]):
+        return trained_by(study, _Nobody(), 0)
+    run, pooled = study.run, any(planner.needs_pooled_data for planner in planners)
+    workers = worker_count(run.config, len(run.config.tasks.experts) + pooled)
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    general = any(planner.needs_general_text for planner in planners)
+    nodes = write_nodes(run, inputs, pooled=pooled, general=general, threads=threads)
+    results: list[Trained] = []
+    simulate(run, client_app, nodes, workers, lambda workforce: results.append(trained_by(study, workforce, nodes)))
+    return results[0]
+
+
+class _Nobody:
+    """A workforce for runs that need none."""
+
+    def hello(self, expected: int, deadline: float) -> Mapping[int, Hello | Failure]:
+        raise EnvironmentFailure("there are no participants", "Continue with --resume.")
+
+    def perform(
+        self,
+        jobs: Sequence[tuple[int, Job]],
+        deadline: float,
+        on_answer: Callable[[int, Job, JobResult | Failure], None],
+    ) -> None:
+        raise EnvironmentFailure("there are no participants", "Continue with --resume.")
+
+
+# -- measuring --------------------------------------------------------------------------------------------------------
+
+
+def measured(study: Study, trained: Trained, scorer: Scorer) -> list[CellOutcome]:
+    """What every cell gave, in the order of the plan.
+
+    Raises:
+        SeedbedError: if the full method failed with every random seed.
+    """
+    outcomes: dict[str, dict[int, SeedOutcome]] = {variant.cell.name: {} for variant in study.variants}
+    failures = dict(trained.failures)
+    costs = Costs()
+    for seed, made in trained.made:
+        scorer = scorer.of(made.run)
+        found, failed = measure(made, scorer, costs)
+        for name, outcome in found.items():
+            outcomes[name][seed] = outcome
+            if outcome.digest is not None:
+                study.run.publish(f"{_place(name)}.seed-{seed}", outcome.digest)
+        for name, reason in failed.items():
+            failures[name, seed] = QuorumError(reason)
+            study.observe.note(f"cell {name}, random seed {seed}: {reason}")
+    if not outcomes[FULL]:
+        error = next(error for (name, _), error in failures.items() if name == FULL)
+        raise type(error)(
+            f"the full method failed with every random seed: {error.message}",
+            error.hint or "Mend that and continue with --resume.",
+        )
+    return [
+        CellOutcome(
+            cell=variant.cell,
+            seeds=outcomes[variant.cell.name],
+            failures={seed: error.message for (name, seed), error in failures.items() if name == variant.cell.name},
+        )
+        for variant in study.variants
+    ]
+
+
+def _as_ours(error: Exception) -> SeedbedError:
+    return error if isinstance(error, SeedbedError) else QuorumError(reason_of(error))
+
+
+def _place(cell: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "._=,+-" else "-" for letter in cell)[:150]
+
+
+def _lora(config: FederationConfig) -> str:
+    return json.dumps(config.lora.model_dump(mode="json"), sort_keys=True)
+
+
+def _plan_of(root: Path) -> Plan | None:
+    """The plan that a directory was started with."""
+    path = root / PLAN
+    if not path.exists():
+        return None
+    try:
+        return Plan.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        raise ResumeError(f"{path} cannot be read", "Restore it, or name another --out.") from None
+
+
+def _union(inputs: Sequence[Inputs]) -> Inputs:
+    """Where the examples of all configurations lie."""
+    merged = inputs[0]
+    for one in inputs[1:]:
+        merged = replace(
+            merged,
+            train={**one.train, **merged.train},
+            test={**one.test, **merged.test},
+            hashes={**one.hashes, **merged.hashes},
+            general=merged.general or one.general,
+        )
+    return merged
