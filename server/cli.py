@@ -200,13 +200,64 @@ def evaluate(
 
 
 @app.command()
+def ablate(
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="A plan (seeded-lora, i-lora, controls) or a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="Run directory; runs/NAME unless given.", show_default=False)] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Directory with NAME.train.jsonl and NAME.test.jsonl.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change the full method; repeatable.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Repeat everything random with so many random seeds.")] = 1,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run; nothing finished is done again.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the cells, their trainings, what is cached, the time.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find out which part of a method earns its gain: effects of removing or replacing parts, with their confidence."""
+    from seedbed.server.ablation.plan import load_plan
+
+    changes = list(set_ or [])
+    if data is not None:
+        changes.append(f"tasks.data={data.resolve()}")
+    found = load_plan(plan, changes)
+    root = out or Path("runs") / found.name
+    if dry_run:
+        from seedbed.server.ablation.forecast import forecast, tables
+
+        Console().print(tables(forecast(found, range(seeds), root)))
+        return
+    from seedbed.client.app import app as client_app
+    from seedbed.server.ablation.report import summary, write_ablation
+    from seedbed.server.ablation.run import run_ablation
+
+    command = " ".join(["seedbed", *sys.argv[1:]])
+    with _observer(quiet) as observe:
+        ablation = run_ablation(found, root, client_app, observe, seeds=range(seeds), resume=resume)
+    results = write_ablation(found, ablation.outcomes, root, command, ablation.circumstances)
+    Console().print(summary(results))
+    Console().print(f"Report: {root / 'report.html'}", highlight=False)
+
+
+@app.command()
 def report(
     run_directory: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Directory of a finished run.")],
     quiet: Quiet = False,
 ) -> None:
-    """Write report.md and report.html again from a run's results."""
+    """Write report.md and report.html again from a run's results, or an ablation's."""
+    from seedbed.server.ablation.results import ABLATION
     from seedbed.server.evaluation.report import render, summary_table
 
+    if (run_directory / ABLATION).exists():
+        from seedbed.server.ablation.report import render as render_ablation
+        from seedbed.server.ablation.report import summary
+
+        ablation = render_ablation(run_directory)
+        Console(quiet=quiet).print(summary(ablation))
+        Console(quiet=quiet).print(f"Report: {run_directory / 'report.html'}", highlight=False)
+        return
     results = render(run_directory)
     if not quiet:
         Console().print(summary_table(results))

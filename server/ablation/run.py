@@ -22,12 +22,15 @@ from seedbed.common.files import atomic_write
 from seedbed.common.jobs import Hello, Job, JobResult
 from seedbed.common.manifest import BaseIdentity
 from seedbed.common.targets import target_shapes
+from seedbed.common.versions import software_versions
 from seedbed.server.ablation.cells import FULL, Group, Variant, base_config, expand, groups, with_candidates
 from seedbed.server.ablation.outcomes import Costs, Made, Scorer, measure, reason_of
 from seedbed.server.ablation.plan import refuse_change
 from seedbed.server.ablation.prefetch import Gathered, missing, prefetch
 from seedbed.server.ablation.values import CellOutcome, Plan, SeedOutcome
 from seedbed.server.admission import Shapes
+from seedbed.server.assembly import lineage
+from seedbed.server.evaluation.compare import Circumstances
 from seedbed.server.federation import Federation
 from seedbed.server.inputs import Inputs, find_inputs, write_embedded
 from seedbed.server.ledger import Entry
@@ -86,6 +89,16 @@ class Trained:
     """By cell and random seed."""
 
 
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """What an ablation gave."""
+
+    outcomes: list[CellOutcome]
+    """The full method first, then the cells in the order of the plan."""
+    circumstances: Circumstances
+    """Lineage is that of the first random seed."""
+
+
 def run_ablation(
     plan: Plan,
     root: Path,
@@ -94,8 +107,8 @@ def run_ablation(
     *,
     seeds: Sequence[int] = (0,),
     resume: bool = False,
-) -> list[CellOutcome]:
-    """Run a plan into a directory and return what was measured, the full method first.
+) -> Ablation:
+    """Run a plan into a directory and return what was measured.
 
     Participants are started only when some training is missing.
 
@@ -112,7 +125,7 @@ def run_ablation(
         trained = _train(study, inputs, client_app)
         outcomes = measured(study, trained, Measurement(study.run, study.base, inputs, observe))
         study.run.ledger.append(Entry(event="finished", name=plan.name))
-        return outcomes
+        return Ablation(outcomes, _circumstances(study, outcomes))
     except SeedbedError as error:
         study.run.ledger.append(Entry(event="failed", reason=error.message))
         raise
@@ -271,6 +284,22 @@ def measured(study: Study, trained: Trained, scorer: Scorer) -> list[CellOutcome
         )
         for variant in study.variants
     ]
+
+
+def _circumstances(study: Study, outcomes: Sequence[CellOutcome]) -> Circumstances:
+    first = study.seeds[0]
+    names = {
+        str(outcome.seeds[first].digest): outcome.cell.name
+        for outcome in reversed(outcomes)
+        if first in outcome.seeds and outcome.seeds[first].digest
+    }
+    nodes = lineage(study.run.store, study.run.ledger, reversed(names))
+    return Circumstances(
+        base=study.base,
+        config=study.run.config.model_dump(mode="json"),
+        versions=software_versions(),
+        lineage=[node.model_copy(update={"name": names.get(node.digest, node.name)}) for node in nodes],
+    )
 
 
 def _as_ours(error: Exception) -> SeedbedError:
