@@ -8,35 +8,39 @@ from seedbed.server.ablation.effects import LOWER_IS_BETTER, MEASURES, Measure, 
 from seedbed.server.ablation.results import AblationResults
 from seedbed.server.ablation.values import Cell, Row
 
-_LISTED = 6
-"""So many unclear differences are told one by one."""
+_LISTED = 5
+"""So many effects that are not clear are told one by one."""
 
 
 def answer(results: AblationResults) -> str:
-    """What the first measure says, its largest clear effect first; then the other measures, a sentence or two each."""
+    """What the first measure says, its largest clear effect first, then what is not clear; of the other measures what is.
+
+    A part earned something where the full method is better with it than without it, after Holm's correction.
+    """
     told = [measure for measure in MEASURES if _compared(results, measure)]
     if not told:
         return "Nothing could be compared with the full method, so no part of it is known to have earned anything."
-    return " ".join(sentence for measure in told for sentence in _sentences(results, measure))
+    sentences = [sentence for measure in told for sentence in _sentences(results, measure, first=measure == told[0])]
+    return " ".join(sentences)
 
 
 def _compared(results: AblationResults, measure: Measure) -> list[PartEffect]:
     return [effect for effect in results.of_measure(measure) if not effect.same]
 
 
-def _sentences(results: AblationResults, measure: Measure) -> list[str]:
+def _sentences(results: AblationResults, measure: Measure, *, first: bool) -> list[str]:
     effects = _compared(results, measure)
     clear = sorted((effect for effect in effects if effect.is_clear), key=lambda one: (-gain(one), one.cell))
     gains, losses = [one for one in clear if gain(one) > 0], [one for one in clear if gain(one) < 0]
-    unclear = [effect for effect in effects if not effect.is_clear]
-    sentences = [_opening(results, measure, gains, effects)]
+    sentences = [_opening(results, effects, gains)]
     if gains[1:]:
-        sentences.append(f"It is also worse {_listed([_clause(results, one) for one in gains[1:]])}.")
+        sentences.append(
+            f"The full method is also better than {_listed([_variant(results, one) for one in gains[1:]])}."
+        )
     if losses:
-        sentences.append(f"It is better {_listed([_clause(results, one) for one in reversed(losses)])}.")
-    if unclear and clear:
-        sentences.append(f"No effect is shown {_unclear(results, unclear)}.")
-    return sentences
+        sentences.append(f"It is worse than {_listed([_variant(results, one) for one in reversed(losses)])}.")
+    unclear = [effect for effect in effects if not effect.is_clear]
+    return [*sentences, *_doubts(results, unclear)] if first else sentences
 
 
 def gain(effect: PartEffect) -> float:
@@ -44,67 +48,74 @@ def gain(effect: PartEffect) -> float:
     return -effect.difference if effect.measure in LOWER_IS_BETTER else effect.difference
 
 
-def _opening(
-    results: AblationResults, measure: Measure, gains: Sequence[PartEffect], effects: Sequence[PartEffect]
-) -> str:
-    subject, count = subject_of(measure, effects), len(effects)
-    comparisons = f"{count} comparison{'s' if count > 1 else ''}"
-    if gains:
-        first = gains[0]
-        most = "earned most" if count > 1 else "earned its place"
-        return (
-            f"{_capital(_part(results, first))} {most} on {subject}: {_clause(results, first)}, which stands after "
-            f"Holm's correction for {comparisons}."
-        )
-    shown = any(effect.is_clear for effect in effects)
-    if shown:
-        return f"On {subject} no part is shown to have earned anything."
-    largest = max(effects, key=lambda one: (abs(one.difference), one.cell))
-    return (
-        f"On {subject} no part is shown to have earned or cost anything: none of {comparisons} stands after Holm's "
-        f"correction; the largest is {_clause(results, largest)}."
+def _opening(results: AblationResults, effects: Sequence[PartEffect], gains: Sequence[PartEffect]) -> str:
+    subject, count = subject_of(effects), len(effects)
+    comparisons = f"{count} comparisons" if count > 1 else "the one comparison"
+    if not gains and any(effect.is_clear for effect in effects):
+        return f"No part is shown to have earned anything in {subject}."
+    if not gains:
+        none = f"none of {comparisons} stands" if count > 1 else f"{comparisons} does not stand"
+        return f"No part is shown to have earned or cost anything in {subject}: {none} after Holm's correction."
+    first = gains[0]
+    part = f"The {_part(results, first)} earned {'most' if count > 1 else 'its place'}"
+    kept = f", after Holm's correction for {comparisons}" if count > 1 else ""
+    return f"{part}: {variant(results, first)}, {subject} is {_amount(first)}{kept}."
+
+
+def _doubts(results: AblationResults, effects: Sequence[PartEffect]) -> list[str]:
+    """Effects that do not stand, those with intervals that leave out zero first."""
+    alone = sorted((one for one in effects if one.excludes_zero), key=lambda one: (-abs(one.difference), one.cell))
+    nothing = sorted(
+        (one for one in effects if not one.excludes_zero), key=lambda one: (-abs(one.difference), one.cell)
     )
+    sentences = []
+    if alone:
+        parts = _listed(_some([f"{variant(results, one)} it is {_amount(one)}" for one in alone]))
+        sentences.append(f"Clear alone, but not after that correction: {parts}.")
+    if nothing:
+        parts = _listed(_some([f"{variant(results, one)} ({signed(one.measure, one.difference)}, {interval(one)})"
+                               for one in nothing]))  # fmt: skip
+        sentences.append(f"May be chance, as the interval includes zero: {parts}.")
+    return sentences
 
 
-def subject_of(measure: Measure, effects: Sequence[PartEffect]) -> str:
-    """What is measured, such as `mean accuracy over 4 held-out tasks`."""
+def _some(parts: Sequence[str]) -> list[str]:
+    more = len(parts) - _LISTED
+    return [*parts[:_LISTED], f"{more} more"] if more > 0 else list(parts)
+
+
+def subject_of(effects: Sequence[PartEffect]) -> str:
+    """What is measured, such as `mean accuracy on 4 held-out tasks`."""
     most = max(len(effect.tasks) for effect in effects)
     tasks = f"{most} {{}} task{'s' if most > 1 else ''}"
+    mean = "mean accuracy" if most > 1 else "accuracy"
     return {
-        "held_out": f"mean accuracy over {tasks.format('held-out')}",
-        "held_in": f"mean accuracy over {tasks.format('held-in')}",
+        "held_out": f"{mean} on {tasks.format('held-out')}",
+        "held_in": f"{mean} on {tasks.format('held-in')}",
         "retention": f"retention of {tasks.format('held-in')}",
         "kl": "divergence from the base model on general text",
         "perplexity": "perplexity on general text",
-    }[measure]
+    }[effects[0].measure]
 
 
 def _part(results: AblationResults, effect: PartEffect) -> str:
-    return f"the {readable(effect.row)}" if row_of(results, results.cells[effect.cell].cell) else effect.cell
+    return readable(effect.row) if row_of(results, results.cells[effect.cell].cell) else effect.cell
 
 
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def _clause(results: AblationResults, effect: PartEffect) -> str:
-    """Such as `without the seed, 6.1 points lower (95 % interval 3.2 to 9.0)`: said of the cell."""
+def _amount(effect: PartEffect) -> str:
+    """How the cell differs from the full method, such as `6.1 points lower (95 % interval 3.2 to 9.0)`."""
     side = "lower" if effect.difference > 0 else "higher"
     low, high = (effect.low, effect.high) if effect.difference > 0 else (-effect.high, -effect.low)
-    interval = f"95 % interval {plain(effect.measure, low)} to {plain(effect.measure, high)}"
-    doubt = "" if effect.excludes_zero else ", which includes zero"
-    size = plain(effect.measure, abs(effect.difference))
-    if float(size) == 0:
-        return f"{variant(results, effect)} level ({interval}{doubt})"
-    return f"{variant(results, effect)} {size}{unit(effect.measure)} {side} ({interval}{doubt})"
+    told = f"95 % interval {plain(effect.measure, low)} to {plain(effect.measure, high)}"
+    return f"{plain(effect.measure, abs(effect.difference))}{unit(effect.measure)} {side} ({told})"
 
 
-def _unclear(results: AblationResults, effects: Sequence[PartEffect]) -> str:
-    parts = [f"{variant(results, one)} ({signed(one.measure, one.difference)}, {interval(one)})" for one in effects]
-    shown = parts[:_LISTED]
-    if len(parts) > len(shown):
-        shown.append(f"in {len(parts) - _LISTED} more")
-    return _listed(shown)
+def _variant(results: AblationResults, effect: PartEffect) -> str:
+    """Such as `without the seed (by 6.1 points, 95 % interval 3.2 to 9.0)`: the distance from the full method."""
+    low, high = sorted((effect.low, effect.high), key=abs)
+    told = f"95 % interval {plain(effect.measure, abs(low))} to {plain(effect.measure, abs(high))}"
+    size = f"{plain(effect.measure, abs(effect.difference))}{unit(effect.measure)}"
+    return f"{variant(results, effect)} (by {size}, {told})"
 
 
 def _listed(parts: Sequence[str]) -> str:

@@ -225,13 +225,17 @@ def _notes(outcomes: Sequence[CellOutcome], found: Sequence[PartEffect]) -> list
     counts = sorted({len(effect.seeds) for effect in found})
     notes = []
     if counts[:1] == [1]:
-        some = "" if counts == [1] else "Some cells share only "
+        who = "There is one random seed" if counts == [1] else "Some cells share one random seed with the full method"
         notes.append(
-            f"{some or 'There is '}one random seed{' with the full method' if some else ''}: intervals then say what other "
-            "examples of the same tasks would have given, and nothing of other training runs."
+            f"{who}: intervals then say what other examples of the same tasks would have given, and nothing of other "
+            "training runs."
         )
-    elif counts[:1] == [2]:
-        notes.append("Two random seeds say little of other training runs: intervals are wide, as they must be.")
+    elif counts and counts[0] <= 3:
+        few = "Two" if counts[0] == 2 else "Three"
+        notes.append(
+            f"{few} random seeds say little of other training runs: intervals are wide, and only effects of many times the "
+            "spread between seeds stand after a correction for many comparisons."
+        )
     failed = [outcome for outcome in outcomes if outcome.failures]
     if failed:
         names = ", ".join(outcome.cell.name for outcome in failed)
