@@ -15,16 +15,17 @@ def drift_scatter(results: Results) -> str:
         (candidate.label, candidate.general.kl, 100 * mean.value)
         for candidate in results.candidates.values()
         if candidate.general is not None
+        and candidate.general.kl > 0  # the base itself is infinitely far to the left
         and candidate.kind not in ("expert", "base")
         and (mean := getattr(candidate.mean, scope)) is not None
     ]
     if not shown:
         return ""
-    with figure(3.6) as (_, axes, svg):
-        for index, (label, kl, accuracy) in enumerate(sorted(shown, key=lambda row: row[2])):
+    with figure(4.4) as (_, axes, svg):
+        middle = sorted(kl for _, kl, _ in shown)[len(shown) // 2]
+        for label, kl, accuracy in shown:
             axes.plot([kl], [accuracy], marker="o", markersize=7, color=FIRST)
-            # Neighbours in height take turns, so that their names do not lie on each other.
-            left = index % 2 == 1
+            left = kl > middle  # names stand towards the middle, where there is room
             axes.annotate(
                 label,
                 (kl, accuracy),
@@ -33,6 +34,7 @@ def drift_scatter(results: Results) -> str:
                 ha="right" if left else "left",
                 fontsize=8.5,
             )
+        axes.set_xscale("log")
         axes.set_xlabel("KL to the base on general text, nats a token")
         axes.set_ylabel(f"{scope.replace('_', '-')} accuracy, %")
         axes.margins(x=0.28, y=0.12)
@@ -47,7 +49,8 @@ def router_loads(results: Results, name: str) -> str:
     label = results.candidates[name].label
     rows = [[100 * share for share in layer.load] for layer in use.tasks.values()]
     title = f"{label}: mean probability in % of each expert (columns) on each task (rows)"
-    return grid_of_numbers(f"loads-{name}", title, list(use.tasks), list(use.names), rows)
+    largest = max(max(row) for row in rows)
+    return grid_of_numbers(f"loads-{name}", title, list(use.tasks), list(use.names), rows, top=largest)
 
 
 def router_depth(results: Results, name: str) -> str:

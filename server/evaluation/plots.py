@@ -134,8 +134,9 @@ def grid_of_numbers(
     line: int | None = None,
     column: int | None = None,
     margin: float = 1.8,
+    top: float = 100,
 ) -> str:
-    """A heat map with its numbers, from 0 to 100; missing ones (NaN) stay empty.
+    """A heat map with its numbers, from 0 to `top`; missing ones (NaN) stay empty.
 
     Args:
         line: number of rows above a thick line.
@@ -147,11 +148,11 @@ def grid_of_numbers(
     grid = np.asarray(values, dtype=float)
     with figure(0.3 * len(rows) + 2.2, max(_WIDTH, 0.42 * len(columns) + margin)) as (_, axes, svg):
         edges = np.arange(len(columns) + 1) - 0.5, np.arange(len(rows) + 1) - 0.5
-        axes.pcolormesh(*edges, np.ma.masked_invalid(grid), cmap="viridis", vmin=0, vmax=100)
+        axes.pcolormesh(*edges, np.ma.masked_invalid(grid), cmap="viridis", vmin=0, vmax=top)
         axes.invert_yaxis()
         for (row, place), value in np.ndenumerate(grid):
             if not np.isnan(value):
-                colour = "black" if value > 60 else "white"
+                colour = "black" if value > 0.6 * top else "white"
                 axes.text(place, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8.5)
         if line is not None:
             axes.axhline(line - 0.5, color=INK, linewidth=2)

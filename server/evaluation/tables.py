@@ -156,7 +156,7 @@ def _score(score: Score | None) -> str:
 
 def experts(results: Results) -> Grid | None:
     """Every expert alone: on its own task, next to the base and to the average there, and its means."""
-    alone = [candidate for candidate in results.candidates.values() if candidate.kind == "expert"]
+    alone = [candidate for name, candidate in results.candidates.items() if name.startswith("expert:")]
     if not alone:
         return None
     beside = [results.candidates[name] for name in ("base", "average") if name in results.candidates]
