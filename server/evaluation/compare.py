@@ -45,7 +45,7 @@ _NAMES: dict[str, tuple[Kind, str]] = {
     OWN: ("reference", "each task's own expert"),
     TYPICAL: ("reference", "experts alone, mean"),
     ORACLE: ("reference", "best expert for each task"),
-    TUNED: ("reference", "each task's own tuned expert"),
+    TUNED: ("reference", "each task's tuned expert"),
     "svd": ("merge", "mean cut to one rank"),
     "uniform": ("mixture", "uniform router"),
     "learned": ("mixture", "learned router"),

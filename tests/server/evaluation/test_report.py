@@ -273,13 +273,14 @@ def test_the_terminal_shows_the_interval_of_the_difference_from_the_base() -> No
 
 
 def test_the_summary_of_every_kind_of_candidate_fits_80_columns() -> None:
-    names = ["base", "seed", "expert:sum", "expert:mood", "average", "compressed", "factor_mean", "unseeded", "joint"]
-    rows = [measured(name, (50 - place, 20 + place, 5 * place), f"{place:064d}") for place, name in enumerate(names)]
+    names = ["base", "seed", "expert:sum", "expert:mood", "tuned:sum", "tuned:mood", "average"]
+    names += ["compressed", "factor_mean", "unseeded", "joint", "phatgoose"]
+    rows = [measured(name, (50 - place, 20 + place, 4 * place), f"{place:064d}") for place, name in enumerate(names)]
     nodes = [LineageNode(digest=f"{place:064d}", name=name, kind="expert") for place, name in enumerate(names)]
     jobs = [Cost(name=name, steps=12_345) for name in names]
     text = shown(build_results("all", rows, Circumstances(lineage=nodes, costs=jobs))[0])
-    assert len(text.splitlines()) == 3 + 11 + 1, (
-        "title, heads, rule; seven models, three references, guessing; no line broken"
+    assert len(text.splitlines()) == 3 + 13 + 1, (
+        "title, heads, rule; eight models, four references, guessing; no line broken"
     )
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
 
