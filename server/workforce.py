@@ -72,8 +72,8 @@ class GridWorkforce:
         nodes = self._nodes(expected, deadline)
         answers: dict[int, Hello | Failure] = {}
 
-        def keep(node: int, value: Hello | Failure) -> None:
-            answers[node] = value
+        def keep(index: int, value: Hello | Failure) -> None:
+            answers[nodes[index]] = value
 
         left = max(1.0, deadline - (time.monotonic() - started))
         self._ask([(node, "query.hello", RecordDict()) for node in nodes], Hello, left, keep)
@@ -85,21 +85,11 @@ class GridWorkforce:
         deadline: float,
         on_answer: Callable[[int, Job, JobResult | Failure], None],
     ) -> None:
-        by_node: dict[int, list[Job]] = {}
-        for node, job in jobs:
-            by_node.setdefault(node, []).append(job)
-
-        def match(node: int, value: JobResult | Failure) -> None:
-            waiting = by_node[node]
-            if isinstance(value, Failure):
-                on_answer(node, waiting.pop(0), value)
-                return
-            asked = next((job for job in waiting if job.recipe == value.recipe), None)
-            if asked is None:
-                on_answer(node, waiting.pop(0), Failure(node, f"answered a job it was not given: {value.name}"))
-            else:
-                waiting.remove(asked)
-                on_answer(node, asked, value)
+        def match(index: int, value: JobResult | Failure) -> None:
+            node, job = jobs[index]
+            if isinstance(value, JobResult) and value.recipe != job.recipe:
+                value = Failure(node, f"answered a job it was not given: {value.name}")
+            on_answer(node, job, value)
 
         messages = [(node, f"train.{job.kind}", RecordDict({RECORD: ConfigRecord(pack(job))})) for node, job in jobs]
         self._ask(messages, JobResult, deadline, match)
@@ -120,24 +110,25 @@ class GridWorkforce:
         deadline: float,
         on_answer: Callable[[int, Value | Failure], None],
     ) -> None:
+        """Send one message for each of `contents`; `on_answer` gets the index of the message that is answered."""
         end = time.monotonic() + deadline
         open_messages: dict[str, int] = {}
-        for node, message_type, content in contents:
+        for index, (node, message_type, content) in enumerate(contents):
             message = Message(content, node, message_type, ttl=deadline + 60)
             sent = list(self.grid.push_messages([message]))
             if sent:
-                open_messages[sent[0]] = node
+                open_messages[sent[0]] = index
             else:
-                on_answer(node, Failure(node, "could not be reached"))
+                on_answer(index, Failure(node, "could not be reached"))
         while open_messages and time.monotonic() < end:
             for reply in self.grid.pull_messages(list(open_messages)):
                 asked = open_messages.pop(reply.metadata.reply_to_message_id, None)
                 if asked is not None:
-                    on_answer(asked, _read(asked, reply, kind))
+                    on_answer(asked, _read(contents[asked][0], reply, kind))
             if open_messages:
                 self._pause()
-        for node in open_messages.values():
-            on_answer(node, Failure(node, f"did not answer within {deadline:.0f} s"))
+        for index in open_messages.values():
+            on_answer(index, Failure(contents[index][0], f"did not answer within {deadline:.0f} s"))
 
     def _pause(self) -> None:
         if self.cancelled.wait(POLL_SECONDS):
