@@ -36,6 +36,23 @@ class Silent:
     def note(self, text: str) -> None: ...
 
 
+class Busy:
+    """Passes on only stages that have something to do."""
+
+    def __init__(self, observe: Observer) -> None:
+        self.observe = observe
+
+    def stage(self, name: str, total: int) -> None:
+        if total:
+            self.observe.stage(name, total)
+
+    def advance(self, what: str = "") -> None:
+        self.observe.advance(what)
+
+    def note(self, text: str) -> None:
+        self.observe.note(text)
+
+
 class Lines:
     """For logs: one line when a stage begins and ends, and every note."""
 

@@ -184,13 +184,18 @@ def refuse_change(before: Plan, now: Plan, where: str) -> None:
         ResumeError: saying what has changed.
     """
     hint = "Continue with the old plan, or start a new run with another --out."
-    for field in ("name", "config", "changes", "full"):
+    for setting in (*before.changes, *now.changes):
+        if (setting in before.changes) != (setting in now.changes):
+            what = "was set" if setting in before.changes else "was not set"
+            raise ResumeError(f"the plan has changed since {where} was started: then {setting} {what}", hint)
+    for field in ("name", "config", "full", "changes"):
         old, new = getattr(before, field), getattr(now, field)
         if old != new:
             raise ResumeError(
                 f"the plan has changed since {where} was started: {field} was {old!r} and is {new!r}", hint
             )
-    rows, others = ({row.label: row for row in plan.rows} for plan in (before, now))
+    # As JSON, since that is what was kept.
+    rows, others = ({row.label: row.model_dump(mode="json") for row in plan.rows} for plan in (before, now))
     for label in (*rows, *others):
         old_row, new_row = rows.get(label), others.get(label)
         if old_row != new_row:

@@ -35,7 +35,7 @@ from seedbed.server.federation import Federation
 from seedbed.server.inputs import Inputs, find_inputs, write_embedded
 from seedbed.server.ledger import Entry
 from seedbed.server.measurement import Measurement
-from seedbed.server.observer import Observer
+from seedbed.server.observer import Busy, Observer
 from seedbed.server.plan import Planner
 from seedbed.server.rundir import RunDirectory
 from seedbed.server.simulation import simulate, worker_count, write_nodes
@@ -120,10 +120,11 @@ def run_ablation(
         ResumeError: if `resume` is set and the plan has changed.
         SeedbedError: if the full method fails with every random seed.
     """
-    study, inputs = open_study(plan, root, observe, seeds, resume)
+    # Every configuration goes through all stages; most have nothing left to do there.
+    study, inputs = open_study(plan, root, Busy(observe), seeds, resume)
     try:
         trained = _train(study, inputs, client_app)
-        outcomes = measured(study, trained, Measurement(study.run, study.base, inputs, observe))
+        outcomes = measured(study, trained, Measurement(study.run, study.base, inputs, study.observe))
         study.run.ledger.append(Entry(event="finished", name=plan.name))
         return Ablation(outcomes, _circumstances(study, outcomes))
     except SeedbedError as error:

@@ -226,11 +226,13 @@ def _refusal(path: str) -> str:
 
 
 def test_a_changed_plan_is_not_resumed_and_what_changed_is_said() -> None:
+    pair = {"part": ["of", "kl_loss"], "action": "replace", "with": [{"of": "tuned", "kl_loss": 0}]}
+    whole = plan(ROW, pair)
+    refuse_change(Plan.model_validate_json(whole.model_dump_json()), whole, "runs/p")
     before = plan(ROW)
-    refuse_change(before, plan(ROW), "runs/p")
     for now, sentence in (
         (plan(ROW, full="ties"), "full was 'average' and is 'ties'"),
-        (plan(ROW, changes=["training.steps=5"]), "changes was"),
+        (plan(ROW, changes=["training.steps=5"]), "then training.steps=5 was not set"),
         (plan(ROW, {"part": "order", "action": "replace", "with": [1]}), "row 'order' was added"),
         (plan({**ROW, "metrics": ["task_performance"]}), "row 'seed.mode' has changed"),
     ):
