@@ -67,7 +67,7 @@ def merge_in_this_process(inputs: list[Path], method: str, out: Path) -> dict[st
     import torch
     from peak_memory import PeakMemory
 
-    from seedbed.server.merge_files import merge_directories
+    from seedbed.server.adapters.files import merge_directories
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.randn(300, 300) @ torch.randn(300, 300)  # loads the libraries' buffers, so that they are not counted
