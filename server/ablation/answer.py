@@ -38,7 +38,9 @@ def _sentences(results: AblationResults, measure: Measure, *, first: bool) -> li
             f"The full method is also better than {_listed([_variant(results, one) for one in gains[1:]])}."
         )
     if losses:
-        sentences.append(f"It is worse than {_listed([_variant(results, one) for one in reversed(losses)])}.")
+        sentences.append(
+            f"The full method is worse than {_listed([_variant(results, one) for one in reversed(losses)])}."
+        )
     unclear = [effect for effect in effects if not effect.is_clear]
     return [*sentences, *_doubts(results, unclear)] if first else sentences
 
@@ -59,7 +61,7 @@ def _opening(results: AblationResults, effects: Sequence[PartEffect], gains: Seq
     first = gains[0]
     part = f"The {_part(results, first)} earned {'most' if count > 1 else 'its place'}"
     kept = f", after Holm's correction for {comparisons}" if count > 1 else ""
-    return f"{part}: {variant(results, first)}, {subject} is {_amount(first)}{kept}."
+    return f"{part}: {_without(results, first)}, {subject} is {_amount(first)}{kept}."
 
 
 def _doubts(results: AblationResults, effects: Sequence[PartEffect]) -> list[str]:
@@ -135,6 +137,15 @@ def variant(results: AblationResults, effect: PartEffect) -> str:
     if row.action == "remove" and is_alone(results, cell):
         return f"without the {readable(row.label)}"
     return f"with {cell.value or cell.name} for the {readable(row.label)}"
+
+
+def _without(results: AblationResults, effect: PartEffect) -> str:
+    """The same, of a part that was named just before: `without it`, `with uniform in its place`."""
+    cell = results.cells[effect.cell].cell
+    row = row_of(results, cell)
+    if row is not None and row.action == "remove" and is_alone(results, cell):
+        return "without it"
+    return f"with {cell.value or cell.name} in its place"
 
 
 def is_alone(results: AblationResults, cell: Cell) -> bool:

@@ -1,7 +1,7 @@
 """A headless Chromium, driven over the DevTools protocol through a pipe with the standard library alone.
 
-    with Browser(executable()) as browser:
-        seen = browser.look(path, width=390)
+with Browser(executable()) as browser:
+    seen = browser.look(path, width=390)
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -23,8 +24,11 @@ _PATIENCE = 120.0
 
 
 def executable() -> str | None:
-    """A browser of this machine: `SEEDBED_BROWSER`, or the first of `NAMES` that is installed."""
-    return os.environ.get("SEEDBED_BROWSER") or next((found for name in NAMES if (found := shutil.which(name))), None)
+    """A browser of this machine: `SEEDBED_BROWSER`, the first of `NAMES` that is installed, or one that Playwright fetched."""
+    named = [os.environ.get("SEEDBED_BROWSER"), *map(shutil.which, NAMES)]
+    caches = sorted((Path.home() / ".cache" / "ms-playwright").glob("chrom*/chrome-*/*"), reverse=True)
+    fetched = [str(path) for path in caches if path.name in ("chrome", "headless_shell", "chrome-headless-shell")]
+    return next((found for found in (*named, *fetched) if found), None)
 
 
 @dataclass(slots=True)
@@ -59,6 +63,16 @@ _MEASURE = """
 """
 
 
+# The protocol is spoken on the descriptors 3 and 4, which may be in use for something else: ours go out of the way first.
+_LAUNCH = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for end, place in zip(ends, (3, 4)):
+    os.dup2(end, place)
+os.execvp(sys.argv[3], sys.argv[3:])
+"""
+
+
 class Browser:
     def __init__(self, program: str) -> None:
         self._profile = tempfile.TemporaryDirectory(prefix="browser-", ignore_cleanup_errors=True)
@@ -71,9 +85,8 @@ class Browser:
             *("--no-first-run", "--hide-scrollbars", "--disable-background-networking", "--disable-extensions"),
             *(f"--user-data-dir={self._profile.name}", *sandbox, "about:blank"),
         ]
-        # The protocol is spoken on the descriptors 3 and 4.
         self._process = subprocess.Popen(
-            ["/bin/sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", *command],
+            [sys.executable, "-c", _LAUNCH, str(theirs_in), str(theirs_out), *command],
             pass_fds=(theirs_in, theirs_out),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -84,8 +97,15 @@ class Browser:
         self._buffer = b""
         self._events: list[dict[str, Any]] = []
         self._next = 0
-        target = self._call("Target.createTarget", {"url": "about:blank"})["targetId"]
         self._session: str | None = None
+        try:
+            self._attach()
+        except BaseException:
+            self.close()
+            raise
+
+    def _attach(self) -> None:
+        target = self._call("Target.createTarget", {"url": "about:blank"})["targetId"]
         self._session = self._call("Target.attachToTarget", {"targetId": target, "flatten": True})["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
@@ -94,6 +114,9 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
         os.close(self._write)
         os.close(self._read)
         self._process.terminate()
@@ -138,7 +161,7 @@ class Browser:
         self._next += 1
         number = self._next
         message: dict[str, Any] = {"id": number, "method": method, "params": values or {}}
-        if getattr(self, "_session", None):
+        if self._session:
             message["sessionId"] = self._session
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while True:
