@@ -276,11 +276,12 @@ class CombineSettings(Section):
         "unseeded",
         "joint",
     )
-    """Names, or mappings (`CandidateSettings`). `base` no adapter; `seed` the seed alone; `experts` every expert alone, `tuned`
-    every routing-tuned expert alone; `average` the exact mean of the experts' outputs; `compressed` the same cut to `rank`;
-    `unseeded` the exact mean of experts that never saw the seed but trained as many steps; `joint` one adapter trained on all
-    tasks at once, in as many steps in all. Any other method of `seedbed merge --list` and any router (uniform, learned, arrow,
-    phatgoose, sequence, molora) by its name, over the experts and with its defaults."""
+    """Names, or mappings (`CandidateSettings`). `base` no adapter; `seed` the seed alone; `experts` every expert alone,
+    `tuned` every routing-tuned expert alone, `individual` every unseeded expert alone (LoRA per task); `average` the exact
+    mean of the experts' outputs; `compressed` the same cut to `rank`; `unseeded` the exact mean of experts that never saw the
+    seed but trained as many steps; `joint` one adapter trained on all tasks at once, in as many steps in all. Any other
+    method of `seedbed merge --list` and any router (uniform, learned, arrow, phatgoose, sequence, molora) by its name, over
+    the experts and with its defaults."""
     rank: PositiveInt | None = None
     """Rank of `compressed`; none means the rank that the experts have."""
     routing: RoutingSettings = RoutingSettings()

@@ -71,6 +71,7 @@ def _named(name: str, config: FederationConfig) -> Candidate:
     special: dict[str, Callable[[], Candidate]] = {
         "experts": lambda: Candidate(name, "alone"),
         "tuned": lambda: Candidate(name, "alone", of="tuned"),
+        "individual": lambda: Candidate(name, "alone", of="unseeded"),
         "compressed": lambda: _merge(name, "svd", {"rank": config.combine.rank or config.lora.rank}),
         "unseeded": lambda: _merge(name, "average", {}, "unseeded"),
     }

@@ -203,6 +203,12 @@ def evaluate(
 def ablate(
     plan: Annotated[str, typer.Argument(metavar="PLAN", help="A plan (seeded-lora, i-lora, controls) or a YAML file.")],
     out: Annotated[Path | None, typer.Option(help="Run directory; runs/NAME unless given.", show_default=False)] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRESET|CONFIG.yaml", help="The full method's, instead of the plan's.", show_default=False
+        ),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Directory with NAME.train.jsonl and NAME.test.jsonl.", show_default=False)
     ] = None,
@@ -222,7 +228,7 @@ def ablate(
     changes = list(set_ or [])
     if data is not None:
         changes.append(f"tasks.data={data.resolve()}")
-    found = load_plan(plan, changes)
+    found = load_plan(plan, changes, config)
     root = out or Path("runs") / found.name
     if dry_run:
         from seedbed.server.ablation.forecast import forecast, tables

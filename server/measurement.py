@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -46,18 +47,14 @@ class Measurement:
         self.base = base
         self.inputs = inputs
         self.observe = observe
-        self._lm: SeedbedLM | None = None
-        self._drift: Drift | None = None
-        self._worn: str | None = None
+        self._loaded = _Loaded()
 
     def of(self, run: RunDirectory) -> Measurement:
-        """The same for another view of the run directory. The base model, once loaded, goes along, so use only the newest."""
+        """The same for another view of the run directory; they share the base model, once it is loaded."""
         other = Measurement(run, self.base, self.inputs, self.observe)
         before, now = self.run.config, run.config
         if before.base == now.base and before.evaluation.batch_tokens == now.evaluation.batch_tokens:
-            other._lm, other._worn = self._lm, self._worn
-            if before.training.max_tokens == now.training.max_tokens:
-                other._drift = self._drift
+            other._loaded = self._loaded
         return other
 
     def scores(self, candidates: Sequence[Combination]) -> Scores:
@@ -111,7 +108,7 @@ class Measurement:
 
     def _for(self, candidate: Combination, tasks: Sequence[EvalTask]) -> list[EvalTask]:
         alone = candidate.task is not None
-        tuned = alone and not candidate.name.startswith("expert:")  # asked whether it still does its own task
+        tuned = alone and candidate.name.startswith("tuned:")  # asked whether it still does its own task
         own_only = alone and (tuned or self.run.config.evaluation.expert_tasks == "own")
         return [task for task in tasks if not own_only or task.name == candidate.task]
 
@@ -149,12 +146,13 @@ class Measurement:
     def _measure_drift(self, candidate: Combination) -> None:
         started = time.monotonic()
         lm = self._wearing(candidate.digest)
-        if self._drift is None:
+        max_tokens = self.run.config.training.max_tokens
+        if max_tokens not in self._loaded.drifts:
             assert self.inputs.general is not None
             texts = self.inputs.general.test_texts()
-            self._drift = Drift(lm, texts, max_tokens=self.run.config.training.max_tokens)
+            self._loaded.drifts[max_tokens] = Drift(lm, texts, max_tokens=max_tokens)
         path = self._drift_path(candidate)
-        _write(path, self._drift.measure())
+        _write(path, self._loaded.drifts[max_tokens].measure())
         self._note(f"{candidate.name} on general text", path.name.partition(".")[0], candidate, started)
 
     def _note(self, name: str, key: str, candidate: Combination, started: float) -> None:
@@ -165,13 +163,23 @@ class Measurement:
 
     def _wearing(self, digest: str | None) -> SeedbedLM:
         """The base model with an adapter, or a mixture, swapped in."""
-        if self._lm is None:
+        loaded = self._loaded
+        if loaded.lm is None:
             model, tokenizer = basemodel.load(self.run.config.base)
-            self._lm = SeedbedLM(model, tokenizer, batch_tokens=self.run.config.evaluation.batch_tokens)
-        if digest != self._worn:
-            self._lm.set_adapter(wearable(self.run.store, digest) if digest else None)
-            self._worn = digest
-        return self._lm
+            loaded.lm = SeedbedLM(model, tokenizer, batch_tokens=self.run.config.evaluation.batch_tokens)
+        if digest != loaded.worn:
+            loaded.lm.set_adapter(wearable(self.run.store, digest) if digest else None)
+            loaded.worn = digest
+        return loaded.lm
+
+
+@dataclass
+class _Loaded:
+    """The base model, what it wears, and what it says of general text, by the longest text."""
+
+    lm: SeedbedLM | None = None
+    worn: str | None = None
+    drifts: dict[int, Drift] = field(default_factory=dict)
 
 
 def score_key(digest: str | None, base: BaseIdentity, task: str, config: FederationConfig) -> str:

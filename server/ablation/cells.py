@@ -16,7 +16,15 @@ import yaml
 
 from seedbed.common.config import ROUTER_KINDS, CandidateSettings, FederationConfig, load_config, parse_config
 from seedbed.common.errors import ConfigError, nearest
-from seedbed.server.ablation.parts import CANDIDATE, EXPERTS, OPTIONS, in_candidate, removal, removed_option
+from seedbed.server.ablation.parts import (
+    CANDIDATE,
+    EXPERTS,
+    OPTIONS,
+    SEED_TASKS,
+    in_candidate,
+    removal,
+    removed_option,
+)
 from seedbed.server.ablation.values import Cell, Metric, Plan, Row
 from seedbed.server.candidates import Candidate, resolve
 from seedbed.server.merging import METHODS
@@ -24,7 +32,7 @@ from seedbed.server.merging import METHODS
 FULL = "full"
 """Name of the cell that is the full method."""
 Entry = str | CandidateSettings
-_SIMPLE = ("base", "seed", "experts", "tuned", "joint", "oracle")
+_SIMPLE = ("base", "seed", "experts", "tuned", "individual", "joint", "oracle")
 """Candidates that have no settings of their own."""
 _CELL_OF_ALL: tuple[Metric, ...] = ("zero_shot_accuracy", "task_performance", "generalization_performance")
 
@@ -154,8 +162,8 @@ class _Maker:
         changed = {part: value for part, value in given.items() if in_candidate(part)}
         if changed:
             entry = self._changed(self._settings(entry), changed)
-        texts = {part: _name(entry) if part == CANDIDATE else _text(value) for part, value in given.items()}
-        number = _number(values[0]) if len(values) == 1 else None
+        texts = {part: _name(entry) if part == CANDIDATE else _told(part, value) for part, value in given.items()}
+        number = _number(values[0]) if len(values) == 1 and row.part != (SEED_TASKS,) else None
         cell = Cell(
             name=",".join(f"{part}={text}" for part, text in texts.items()),
             row=row.label,
@@ -167,14 +175,15 @@ class _Maker:
         return self._variant(cell, changes, entry)
 
     def _value(self, part: str, value: Any) -> Any:
-        if part != EXPERTS or not isinstance(value, int):
+        """A number of tasks takes the first ones, or below 0 the last ones."""
+        if part not in (EXPERTS, SEED_TASKS) or isinstance(value, bool) or not isinstance(value, int):
             return value
         tasks = self.config.tasks.experts
-        if not 1 <= value <= len(tasks):
+        if not 1 <= abs(value) <= len(tasks):
             raise ConfigError(
-                f"there are {len(tasks)} experts, so {value} cannot be taken", "Give 1 or more, not above."
+                f"there are {len(tasks)} experts, so {value} cannot be taken", "Give 1 or more, but not above."
             )
-        return list(tasks[:value])
+        return list(tasks[:value] if value > 0 else tasks[value:])
 
     def _other(self, value: Any) -> Entry:
         """Another candidate: one of the configuration by name, any other name, or a mapping."""
@@ -226,7 +235,7 @@ class _Maker:
             cell = cell.model_copy(update={"changes": (*changes, chosen)})
         found = {candidate.name: candidate for candidate in resolve(config)}
         candidate = found[_name(entry)]
-        if candidate.role == "alone" and candidate.of != "experts":
+        if candidate.role == "alone" and candidate.of == "tuned":
             raise ConfigError(
                 f"candidate '{candidate.name}' is measured on its own tasks only, so it compares with nothing",
                 "Use 'experts', or a merge of them.",
@@ -299,6 +308,12 @@ def _text(value: Any) -> str:
     return (
         {None: "none", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
     )
+
+
+def _told(part: str, value: Any) -> str:
+    if part == SEED_TASKS and isinstance(value, int):
+        return f"first {value}" if value > 0 else f"last {-value}"
+    return _text(value)
 
 
 def _number(value: Any) -> float | None:

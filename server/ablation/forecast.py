@@ -166,7 +166,7 @@ def _cells(
     for variant in variants:
         alone = Graph(history.trained, history.combined)
         for seed in seeds:
-            walk(configured(with_candidates([variant]), [variant], seed), base, alone)
+            walk(configured(with_candidates([variant]), seed), base, alone)
         new = alone.jobs.keys() - whole.jobs.keys()
         whole.jobs.update({recipe: job for recipe, job in alone.jobs.items() if recipe in new})
         found.append(CellNeeds(variant, len(alone.jobs), len(new)))
@@ -175,7 +175,7 @@ def _cells(
 
 def _scores(variants: Sequence[Variant], seed: int, base: BaseIdentity, history: History) -> Iterator[str]:
     """Keys of all scores that the cells of one configuration need."""
-    config = configured(with_candidates(variants), variants, seed)
+    config = configured(with_candidates(variants), seed)
     graph = Graph(history.trained, history.combined)
     parts = walk(config, base, graph)
     tasks = (*config.tasks.experts, *config.tasks.held_out, *config.evaluation.extra)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -87,10 +87,22 @@ class _Found:
             for variant in variants
             if variant.candidate.name in made.combinations
         }
-        alone = {one.name: one for variant in variants for one in _alone(made, variant.candidate)}
         chosen = list(models.values())
-        scores = scorer.scores([*chosen, *(one for name, one in alone.items() if name not in models)])
+        everywhere: dict[str, Combination] = {}
+        own: dict[str, Combination] = {}
+        for variant in variants:
+            place = everywhere if variant.candidate.role in ("alone", "oracle") else own
+            place.update({one.name: one for one in _alone(made, variant.candidate)})
+        scores = dict(_scorer(scorer, made, "own").scores([*chosen, *own.values()]))
+        if everywhere:
+            scores |= _scorer(scorer, made, "all").scores(list(everywhere.values()))
         return cls(scores, scorer.drifts(chosen), scorer.routing(chosen))
+
+
+def _scorer(scorer: Scorer, made: Made, expert_tasks: Literal["own", "all"]) -> Scorer:
+    """One that measures single experts on their own tasks, or on all."""
+    evaluation = made.config.evaluation.model_copy(update={"expert_tasks": expert_tasks})
+    return scorer.of(made.run.view(made.config.model_copy(update={"evaluation": evaluation})))
 
 
 def _alone(made: Made, candidate: Candidate) -> list[Combination]:

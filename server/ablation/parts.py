@@ -19,11 +19,12 @@ from seedbed.common.errors import ConfigError, nearest
 
 CANDIDATE = "candidate"
 EXPERTS = "tasks.experts"
+SEED_TASKS = "seed.tasks"
 OPTIONS = "options."
 ALIASES: Mapping[str, str] = {
     "seed_expert": "seed.mode",
     "seed_fraction": "seed.fraction",
-    "seed_tasks": "seed.tasks",
+    "seed_tasks": SEED_TASKS,
     "kl_loss": "routing_tuning.kl_weight",
     "norm_loss": "routing_tuning.norm_weight",
     "experts": EXPERTS,

@@ -40,12 +40,13 @@ def plan_names() -> list[str]:
     )
 
 
-def load_plan(source: str, changes: Sequence[str] = ()) -> Plan:
+def load_plan(source: str, changes: Sequence[str] = (), config: str | None = None) -> Plan:
     """Read a shipped plan or a file.
 
     Args:
         source: name of a shipped plan, or path of a YAML file; a configuration file that it names may lie beside it.
         changes: `key.path=value` on top of the plan's own.
+        config: preset or file in the place of the plan's.
 
     Raises:
         ConfigError: if there is no such plan, or it makes no sense.
@@ -67,7 +68,9 @@ def load_plan(source: str, changes: Sequence[str] = ()) -> Plan:
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
         raise ConfigError(f"{source} is not valid YAML, line {line}", "Mend that line.") from None
     plan = parse_plan(values, source)
-    if beside is not None and plan.config not in preset_names() and (beside / plan.config).is_file():
+    if config is not None:
+        plan = plan.model_copy(update={"config": config})
+    elif beside is not None and plan.config not in preset_names() and (beside / plan.config).is_file():
         plan = plan.model_copy(update={"config": str(beside / plan.config)})
     return plan.model_copy(update={"changes": (*plan.changes, *changes)})
 

@@ -50,7 +50,9 @@ class Gathered:
         for node, job in jobs:
             if job.recipe in self._failed:
                 on_answer(node, job, Failure(node, self._failed[job.recipe]))
-        self.workforce.perform([pair for pair in jobs if pair[1].recipe not in self._failed], deadline, keep)
+        left = [pair for pair in jobs if pair[1].recipe not in self._failed]
+        if left:
+            self.workforce.perform(left, deadline, keep)
 
     def forget_failures(self) -> None:
         self._failed.clear()

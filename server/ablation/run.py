@@ -71,7 +71,7 @@ class Unit:
     group: Group
 
     def config(self) -> FederationConfig:
-        return configured(self.group.config, self.group.variants, self.seed)
+        return configured(self.group.config, self.seed)
 
     def alone(self) -> Iterator[Unit]:
         """Each cell by itself."""
@@ -171,16 +171,14 @@ def whole_config(plan: Plan, variants: Sequence[Variant]) -> FederationConfig:
     return config.model_copy(update={"tasks": config.tasks.model_copy(update={"experts": experts})})
 
 
-def configured(config: FederationConfig, variants: Sequence[Variant], seed: int) -> FederationConfig:
+def configured(config: FederationConfig, seed: int) -> FederationConfig:
     """A configuration as an ablation runs it: with its random seed, and nobody may be missing.
 
     A comparison in which one side silently lacks an expert would be wrong, so the quorum is all.
     """
-    everywhere = any(variant.candidate.role in ("alone", "oracle") for variant in variants)
     changes = {
         "run": config.run.model_copy(update={"random_seed": seed}),
         "stages": config.stages.model_copy(update={"quorum": 1.0}),
-        "evaluation": config.evaluation.model_copy(update={"expert_tasks": "all" if everywhere else "own"}),
     }
     return config.model_copy(update=changes)
 

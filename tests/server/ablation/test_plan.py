@@ -81,6 +81,20 @@ def test_a_number_of_experts_takes_the_first_ones() -> None:
     assert found["tasks.experts=antonym+pattern"].cell.number is None
 
 
+def test_the_seeds_tasks_are_the_first_or_the_last_ones() -> None:
+    found = cells({"part": "seed_tasks", "action": "replace", "with": [2, -1]})
+    assert found["seed.tasks=first 2"].config.seed.tasks == ("addition", "comparison")
+    assert found["seed.tasks=last 1"].config.seed.tasks == ("past_tense",)
+    assert found["seed.tasks=last 1"].cell.number is None
+
+
+def test_a_shipped_plan_can_be_asked_of_another_configuration() -> None:
+    for name in plan_names():
+        variants = expand(load_plan(name, config="smollm2"))
+        assert {variant.config.base.model for variant in variants} == {"smollm2"}
+        assert len(variants) == len(expand(load_plan(name)))
+
+
 def test_another_candidate_is_a_name_or_a_mapping() -> None:
     louder = {"name": "louder", "method": "average", "options": {"task_scale": 2.0}}
     found = cells({"part": "routing", "action": "replace", "with": ["arrow", louder, "average_tuned"]})
@@ -259,7 +273,7 @@ def test_the_shipped_plans_are_these() -> None:
 
 SHIPPED = {
     # trainings that three random seeds need: seed rounds, experts, tuned experts, joint, molora, gates, router rounds
-    "seeded-lora": {"seed": 24, "expert": 96, "joint": 3, "molora": 3, "gate": 24, "router": 48},
+    "seeded-lora": {"seed": 24, "expert": 72, "joint": 3, "molora": 3, "gate": 24, "router": 48},
     "i-lora": {"seed": 24, "expert": 24, "tuned expert": 72},
     "controls": {"seed": 120, "expert": 222},
 }

@@ -116,7 +116,7 @@ def needed(plan: Plan, seeds: Sequence[int] = (0,), known: Study | None = None) 
     )
     for seed in seeds:
         for group in groups(expand(plan)):
-            walk(configured(group.config, group.variants, seed), BASE, graph)
+            walk(configured(group.config, seed), BASE, graph)
     return graph
 
 
@@ -306,6 +306,52 @@ def test_references_are_computed_from_experts_alone(tmp_path: Path) -> None:
     assert values[0] == pytest.approx({"a": 0.15, "b": 0.08, "c": 0.09, "d": 0.1, "x": 0.13, "y": 0.14})
     assert values[1] == pytest.approx({"a": 0.15, "b": 0.16, "c": 0.17, "d": 0.18, "x": 0.19, "y": 0.2})
     assert (alone.seeds[0].digest, alone.seeds[0].trainings) == (None, 8)
+
+
+def test_lora_per_task_stands_on_unseeded_experts(tmp_path: Path) -> None:
+    rows = [{"part": "candidate", "action": "replace", "with": ["individual", "unseeded"]}]
+    found = study(make_plan(tmp_path, rows), tmp_path)
+    village = Village(found.run.root / "store")
+    _, (full, individual, unseeded) = conduct(found, village)
+    assert len(village.asked) == 12, "both stand on the same four experts"
+    # Three steps, the seed's two, and the length of a name.
+    assert {score.task: score.value for score in individual.seeds[0].scores} == pytest.approx(
+        {task: (6 + index) / 100 for index, task in enumerate((*TASKS, *HELD_OUT))}
+    )
+    assert individual.seeds[0].own == unseeded.seeds[0].own != full.seeds[0].own
+    assert individual.seeds[0].seen_by_seed == ()
+
+
+def test_all_that_can_be_trained_is_given_out_together(tmp_path: Path) -> None:
+    class Counting(Village):
+        batches: list[int] = []
+
+        def perform(self, jobs: Any, deadline: float, on_answer: Any) -> None:
+            self.batches.append(len(jobs))
+            super().perform(jobs, deadline, on_answer)
+
+    rows = [*ROWS, {"part": "routing", "action": "replace", "with": ["learned", "phatgoose"], "label": "trained"}]
+    found = study(make_plan(tmp_path, rows), tmp_path, seeds=(0, 1))
+    village = Counting(found.run.root / "store")
+    conduct(found, village)
+    # Of each random seed: 4 of the seed and 4 experts without; then 4 + 2 experts; then 4 gates and 4 routers; then 4 routers.
+    assert village.batches == [16, 12, 16, 8]
+
+
+def test_the_same_random_seed_gives_the_same_numbers_and_another_one_others(tmp_path: Path) -> None:
+    rows = [
+        {"part": "merge_rule", "action": "replace", "with": ["random", "dare_linear", "iterative"]},
+        {"part": "order", "action": "replace", "with": [1]},
+    ]
+    values = []
+    for place, seeds in (("one", (0, 1)), ("two", (1, 0))):
+        found = study(make_plan(tmp_path / place, rows), tmp_path / place, seeds=seeds)
+        _, outcomes = conduct(found, Village(found.run.root / "store"))
+        values.append({one.cell.name: {seed: one.seeds[seed].digest for seed in (0, 1)} for one in outcomes})
+    assert values[0] == values[1]
+    judge = Judge(found.run)
+    random = [judge.number(values[0]["method=random"][seed]) for seed in (0, 1)]
+    assert random[0] != random[1], "random directions are drawn anew"
 
 
 def test_published_adapters_are_those_of_the_cells(tmp_path: Path) -> None:
