@@ -13,15 +13,14 @@ _LISTED = 5
 
 
 def answer(results: AblationResults) -> str:
-    """What the first measure says, its largest clear effect first, then what is not clear; of the other measures what is.
+    """A paragraph for each measure: its largest clear effect, then the others; of the first also what is not clear.
 
     A part earned something where the full method is better with it than without it, after Holm's correction.
     """
     told = [measure for measure in MEASURES if _compared(results, measure)]
     if not told:
         return "Nothing could be compared with the full method, so no part of it is known to have earned anything."
-    sentences = [sentence for measure in told for sentence in _sentences(results, measure, first=measure == told[0])]
-    return " ".join(sentences)
+    return "\n".join(" ".join(_sentences(results, measure, first=measure == told[0])) for measure in told)
 
 
 def _compared(results: AblationResults, measure: Measure) -> list[PartEffect]:
@@ -41,7 +40,7 @@ def _sentences(results: AblationResults, measure: Measure, *, first: bool) -> li
         sentences.append(
             f"The full method is worse than {_listed([_variant(results, one) for one in reversed(losses)])}."
         )
-    unclear = [effect for effect in effects if not effect.is_clear]
+    unclear = [effect for effect in effects if not effect.is_clear and (clear or effect != _nearest(effects))]
     return [*sentences, *_doubts(results, unclear)] if first else sentences
 
 
@@ -52,16 +51,26 @@ def gain(effect: PartEffect) -> float:
 
 def _opening(results: AblationResults, effects: Sequence[PartEffect], gains: Sequence[PartEffect]) -> str:
     subject, count = subject_of(effects), len(effects)
-    comparisons = f"{count} comparisons" if count > 1 else "the one comparison"
+    comparisons = f"{count} comparisons" if count > 1 else "one comparison"
     if not gains and any(effect.is_clear for effect in effects):
         return f"No part is shown to have earned anything in {subject}."
     if not gains:
-        none = f"none of {comparisons} stands" if count > 1 else f"{comparisons} does not stand"
-        return f"No part is shown to have earned or cost anything in {subject}: {none} after Holm's correction."
+        nearest = _nearest(effects)
+        even = "not even the clearest difference" if count > 1 else "the difference"
+        stands = "stands" if count > 1 else "does not stand"
+        return (
+            f"No part is shown to have earned or cost anything in {subject}: {even}, {_amount(nearest)} "
+            f"{variant(results, nearest)}, {stands} after Holm's correction for {comparisons}."
+        )
     first = gains[0]
     part = f"The {_part(results, first)} earned {'most' if count > 1 else 'its place'}"
     kept = f", after Holm's correction for {comparisons}" if count > 1 else ""
     return f"{part}: {_without(results, first)}, {subject} is {_amount(first)}{kept}."
+
+
+def _nearest(effects: Sequence[PartEffect]) -> PartEffect:
+    """The one that is least likely to be chance."""
+    return min(effects, key=lambda one: (one.p, -abs(one.difference), one.cell))
 
 
 def _doubts(results: AblationResults, effects: Sequence[PartEffect]) -> list[str]:
@@ -108,8 +117,12 @@ def _amount(effect: PartEffect) -> str:
     """How the cell differs from the full method, such as `6.1 points lower (95 % interval 3.2 to 9.0)`."""
     side = "lower" if effect.difference > 0 else "higher"
     low, high = (effect.low, effect.high) if effect.difference > 0 else (-effect.high, -effect.low)
-    told = f"95 % interval {plain(effect.measure, low)} to {plain(effect.measure, high)}"
-    return f"{plain(effect.measure, abs(effect.difference))}{unit(effect.measure)} {side} ({told})"
+    size = plain(effect.measure, abs(effect.difference))
+    if float(size) == 0:
+        side = "apart"
+    doubt = "" if effect.excludes_zero else ", which includes zero"
+    told = f"95 % interval {plain(effect.measure, low)} to {plain(effect.measure, high)}{doubt}"
+    return f"{size}{unit(effect.measure)} {side} ({told})"
 
 
 def _variant(results: AblationResults, effect: PartEffect) -> str:

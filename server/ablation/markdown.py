@@ -6,6 +6,7 @@ from seedbed.server.ablation import tables
 from seedbed.server.ablation.effects import MEASURES
 from seedbed.server.ablation.results import AblationResults
 from seedbed.server.evaluation import beside
+from seedbed.server.evaluation.blocks import opening_of
 from seedbed.server.evaluation.markdown import plain, table, tree
 from seedbed.server.evaluation.results import CandidateResult, Means, Results
 from seedbed.server.evaluation.tables import Grid, lineage, settings, versions
@@ -13,7 +14,9 @@ from seedbed.server.evaluation.tables import Grid, lineage, settings, versions
 
 def markdown(results: AblationResults) -> str:
     """The whole report."""
-    parts = [f"# {plain(results.name)}: which part earned how much", f"**{plain(results.answer)}**"]
+    first, rest = opening_of(results.answer)
+    parts = [f"# {plain(results.name)}: which part earned how much", f"**{plain(first)}**"]
+    parts += [plain(line) for line in rest.split("\n") if line]
     parts += [plain(results.plan.about)] if results.plan.about else []
     parts += [f"> {plain(note)}" for note in results.notes]
     parts += _section("Effects", [tables.effects(results, measure) for measure in MEASURES])
@@ -65,11 +68,11 @@ def as_results(results: AblationResults) -> Results:
 def intervals_note(results: AblationResults) -> str:
     """How the numbers were computed."""
     return (
-        "Effects are paired by task, random seed and example; each task counts once. Intervals are 95 %: the distribution of "
-        "a bootstrap over examples, stratified by task, plus the standard error over random seeds times a Student t of one "
-        "degree of freedom less than there are seeds (Behrens-Fisher), so that few seeds give wide intervals. p is two-sided, "
-        "from the same distribution, and adjusted for all comparisons of a measure (Holm). Tasks count as fixed: nothing is "
-        "said of other tasks. Per-example outcomes are in ablation_outcomes.json."
+        "Effects are paired by task, random seed and example; each task counts once. Intervals are 95 %: of a bootstrap over "
+        "examples, stratified by task, plus the standard error over random seeds times a Student t of one degree of freedom "
+        "less than there are seeds (Behrens-Fisher), and never narrower than from examples alone; so few seeds give wide "
+        "intervals. p is two-sided, from the same distributions, and adjusted for all comparisons of a measure (Holm). Tasks "
+        "count as fixed: nothing is said of other tasks. Per-example outcomes are in ablation_outcomes.json."
     )
 
 

@@ -61,7 +61,7 @@ def scatter(results: AblationResults, across: Measure, up: Measure) -> str:
     shown = [
         (number, one, one.means[across], one.means[up])
         for number, one in enumerate(results.cells.values())
-        if across in one.means and up in one.means
+        if across in one.means and up in one.means and not one.cell.is_full
     ]
     if len(shown) < 2:
         return ""

@@ -28,22 +28,25 @@ def effects(results: AblationResults, measure: Measure) -> Grid | None:
     rows = [
         [
             label(results, results.cells[effect.cell].cell),
-            amount(measure, effect.value),
             signed(measure, effect.difference),
             interval(effect),
             "" if effect.same else p_value(effect.p_holm),
             verdict(effect),
+            amount(measure, effect.full),
+            amount(measure, effect.value),
             str(len(effect.seeds)),
             str(len(effect.tasks)),
             str(effect.n),
         ]
         for effect in found
     ]
-    strong = frozenset((row, 2) for row, effect in enumerate(found) if effect.is_clear)
-    headers = ["cell", "cell's", f"full − cell{unit(measure) and ','}{unit(measure)}", "95 % interval", "p (Holm)"]
-    headers += ["verdict", "seeds", "texts" if measure in LOWER_IS_BETTER else "tasks", "examples"]
+    strong = frozenset((row, 1) for row, effect in enumerate(found) if effect.is_clear)
+    headers = ["cell", f"full − cell{unit(measure) and ','}{unit(measure)}", "95 % interval", "p (Holm)", "verdict"]
+    headers += ["full", "cell", "seeds"]
     if measure in LOWER_IS_BETTER:
-        headers, rows = [*headers[:7], "texts"], [[*row[:7], row[8]] for row in rows]
+        headers, rows = [*headers, "texts"], [[*row[:-2], row[-1]] for row in rows]
+    else:
+        headers += ["tasks", "examples"]
     return Grid(f"Effects on {NAMES[measure]}", headers, rows, strong, f"{_MEANING[measure]} {_VERDICTS}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape as _escape
 
@@ -35,12 +36,18 @@ def document(name: str, head: str, sections: Sequence[tuple[str, str, str]]) -> 
 
 
 def header(kind: str, name: str, answer: str, notes: Sequence[str]) -> str:
-    """The answer's first sentence large, the rest of it below, then whatever a reader must know."""
-    first, _, rest = answer.partition(". ")
+    """The answer's first sentence large, the rest of it below by its lines, then whatever a reader must know."""
+    first, rest = opening_of(answer)
     notices = "".join(f'<p class="notice">{escape(note)}</p>' for note in notes)
-    opening = f'<p class="answer">{escape(first + "." if rest else first)}</p>'
-    more = f'<p class="more">{escape(rest)}</p>' if rest else ""
+    opening = f'<p class="answer">{escape(first)}</p>'
+    more = "".join(f'<p class="more">{escape(line)}</p>' for line in rest.split("\n") if line)
     return f'<p class="kind">{escape(kind)}</p><h1>{escape(name)}</h1>{opening}{more}{notices}'
+
+
+def opening_of(answer: str) -> tuple[str, str]:
+    """The first sentence, and the rest."""
+    first, *rest = re.split(r"(?<=\.)\s", answer, maxsplit=1)
+    return first, "".join(rest)
 
 
 def figure(svg: str, caption: str = "", *, wide: bool = False) -> str:

@@ -114,11 +114,13 @@ class Spread:
     """Of the seeds' means, with whatever examples do differently from seed to seed; ``seed_count - 1`` degrees of freedom."""
     examples: float
     """Of the examples, beyond that: what all seeds share. With one seed, all that there is."""
+    alone: float
+    """Of the examples, had no other seeds been possible: the mean's variance is never less."""
     seed_count: int
 
     @property
     def stderr(self) -> float:
-        return math.sqrt(self.seeds + self.examples)
+        return math.sqrt(max(self.seeds + self.examples, self.alone))
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,10 +150,11 @@ def seeded_mean(values: Mapping[str, ArrayLike]) -> tuple[float, Spread]:
     examples = [_example_variance(array.mean(axis=0)) / len(arrays) ** 2 for array in arrays]
     value = float(np.mean([array.mean() for array in arrays]))
     if count == 1:
-        return value, Spread(0.0, math.fsum(examples), 1)
+        return value, Spread(0.0, math.fsum(examples), math.fsum(examples), 1)
     seeds = float(np.mean([array.mean(axis=1) for array in arrays], axis=0).var(ddof=1) / count)
     twice = math.fsum(_residual_variance(array) / len(arrays) ** 2 for array in arrays)
-    return value, Spread(seeds, max(0.0, math.fsum(examples) - twice), count)
+    alone = math.fsum(examples)
+    return value, Spread(seeds, max(0.0, alone - twice), alone, count)
 
 
 def seeded_difference(
@@ -162,8 +165,9 @@ def seeded_difference(
     Three seeds cannot be resampled: their percentile bootstrap covers the truth in about 75 cases of 100 where it says 95.
     So the difference's distribution is the sum of what resampled examples do (stratified by task, scaled to the part of the
     variance that is theirs) and of the seeds' standard error times a Student t of S - 1 degrees of freedom: the
-    Behrens-Fisher distribution (Fisher, 1935), whose intervals are never too narrow, and too wide only where both parts
-    matter and seeds are few. With one seed it is `paired_difference`, with deviations over n - 1.
+    Behrens-Fisher distribution (Fisher, 1935), whose intervals are not too narrow whichever part is the larger. Two or three
+    seeds may agree by luck, though, more than so many examples allow; so the interval reaches at least as far, and p is at
+    least as large, as from the examples alone. With one seed that is all: `paired_difference`, with deviations over n - 1.
 
     Args:
         ours: by task, ``[seeds, examples]``.
@@ -179,14 +183,16 @@ def seeded_difference(
     differences = _by_seed({task: _paired(task, ours[task], theirs[task]) for task in tasks})
     value, spread = seeded_mean(differences)
     rng = np.random.default_rng(seed)
-    draws = value + _example_noise(differences, spread, resamples, rng) + _seed_noise(spread, resamples, rng)
-    draws[np.abs(draws) < 1e-12] = 0.0
-    low, high = np.percentile(draws, [2.5, 97.5])
+    noise = _example_noise(differences, resamples, rng)
+    share = spread.examples / spread.alone if spread.alone else 0.0
+    both = math.sqrt(share) * noise + _seed_noise(spread, resamples, rng)
+    draws = [_without_dust(value + around) for around in (noise, both)]
+    ends = [np.percentile(one, [2.5, 97.5]) for one in draws]
     return SeededDifference(
         value=value,
-        low=float(low),
-        high=float(high),
-        p=_p_value(draws),
+        low=float(min(low for low, _ in ends)),
+        high=float(max(high for _, high in ends)),
+        p=max(map(_p_value, draws)),
         tasks=len(tasks),
         n=sum(array.shape[1] for array in differences.values()),
         stderr=spread.stderr,
@@ -218,15 +224,18 @@ def _residual_variance(array: NDArray[np.float64]) -> float:
     return float((residuals**2).sum() / ((seeds - 1) * (examples - 1)) / array.size)
 
 
+def _without_dust(draws: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Zero where rounding has left something beside it, so that ties with zero count as such."""
+    return np.where(np.abs(draws) < 1e-12, 0.0, draws)
+
+
 def _example_noise(
-    differences: Mapping[str, NDArray[np.float64]], spread: Spread, resamples: int, rng: np.random.Generator
+    differences: Mapping[str, NDArray[np.float64]], resamples: int, rng: np.random.Generator
 ) -> NDArray[np.float64]:
+    """What resampled examples move the mean over seeds and tasks by, of variance `Spread.alone`."""
     means = [array.mean(axis=0) for array in differences.values()]
-    whole = math.fsum(_example_variance(mean) for mean in means) / len(means) ** 2
-    noise = np.mean([_centred(mean, resamples, rng) for mean in means], axis=0)
-    share = spread.examples / whole if whole else 0.0
-    scaled: NDArray[np.float64] = math.sqrt(share) * noise
-    return scaled
+    noise: NDArray[np.float64] = np.mean([_centred(mean, resamples, rng) for mean in means], axis=0)
+    return noise
 
 
 def _centred(means: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -209,10 +209,12 @@ def outcome(name: str, seeds: dict[int, SeedOutcome], **failures: str) -> CellOu
 def test_a_part_whose_interval_includes_zero_has_earned_nothing(tmp_path: Path) -> None:
     mixed = SeedOutcome(digest="m", scores=(laboratory.score("z", [1.0, 0.0] * 10, False),))
     results = write_ablation(*small(outcome("x", {0: mixed, 1: mixed})), tmp_path, "")
+    (effect,) = results.effects
+    assert effect.high == pytest.approx(-effect.low, abs=0.01)
     assert results.answer == (
-        "No part is shown to have earned or cost anything in accuracy on 1 held-out task: the one comparison does not "
-        "stand after Holm's correction. May be chance, as the interval includes zero: without the part x (0.0, "
-        f"{tables.interval(results.effects[0])})."
+        "No part is shown to have earned or cost anything in accuracy on 1 held-out task: the difference, 0.0 points apart "
+        f"(95 % interval {tables.plain('held_out', -effect.high)} to {tables.plain('held_out', -effect.low)}, which includes "
+        "zero) without the part x, does not stand after Holm's correction for one comparison."
     )
 
 

