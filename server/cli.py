@@ -222,7 +222,10 @@ def ablate(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Find out which part of a method earns its gain: effects of removing or replacing parts, with their confidence."""
+    """Find out which part of a method earns its gain: effects of removing or replacing parts, with their confidence.
+
+    PLAN is seeded-lora, i-lora or controls, or a YAML file.
+    """
     from seedbed.server.ablation.plan import load_plan
 
     changes = list(set_ or [])
@@ -231,7 +234,8 @@ def ablate(
     found = load_plan(plan, changes, config)
     root = out or Path("runs") / found.name
     if dry_run:
-        from seedbed.server.ablation.forecast import forecast, tables
+        from seedbed.server.ablation.forecast import forecast
+        from seedbed.server.ablation.forecast_tables import tables
 
         Console().print(tables(forecast(found, range(seeds), root)))
         return

@@ -36,18 +36,25 @@ class Silent:
     def note(self, text: str) -> None: ...
 
 
-class Busy:
-    """Passes on only stages that have something to do."""
+class Within:
+    """Of small runs inside a larger one, which has announced a stage of its own: passes on notes, and the units of one stage.
 
-    def __init__(self, observe: Observer) -> None:
+    Args:
+        observe: who is told.
+        counted: name of the small runs' stage whose units are units of the large one's.
+    """
+
+    def __init__(self, observe: Observer, counted: str = "") -> None:
         self.observe = observe
+        self.counted = counted
+        self._current = ""
 
     def stage(self, name: str, total: int) -> None:
-        if total:
-            self.observe.stage(name, total)
+        self._current = name
 
     def advance(self, what: str = "") -> None:
-        self.observe.advance(what)
+        if self._current == self.counted:
+            self.observe.advance(what)
 
     def note(self, text: str) -> None:
         self.observe.note(text)

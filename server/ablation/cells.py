@@ -112,6 +112,26 @@ def with_candidates(members: Sequence[Variant]) -> FederationConfig:
     return _with(members[0].config, [f"combine.candidates={_yaml(list(entries.values()))}"])
 
 
+def whole_config(plan: Plan, variants: Sequence[Variant]) -> FederationConfig:
+    """The plan's configuration with the expert tasks of all cells."""
+    config = base_config(plan)
+    tasks = [task for variant in variants for task in variant.config.tasks.experts]
+    experts = tuple(dict.fromkeys((*config.tasks.experts, *tasks)))
+    return config.model_copy(update={"tasks": config.tasks.model_copy(update={"experts": experts})})
+
+
+def configured(config: FederationConfig, seed: int) -> FederationConfig:
+    """A configuration as an ablation runs it: with its random seed, and nobody may be missing.
+
+    A comparison in which one side silently lacks an expert would be wrong, so the quorum is all.
+    """
+    changes = {
+        "run": config.run.model_copy(update={"random_seed": seed}),
+        "stages": config.stages.model_copy(update={"quorum": 1.0}),
+    }
+    return config.model_copy(update=changes)
+
+
 class _Maker:
     """Makes the cells of one plan."""
 

@@ -8,17 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group as Renderables
-from rich.table import Table
-
 from seedbed.common import basemodel
 from seedbed.common.config import FederationConfig
 from seedbed.common.errors import ModelError
 from seedbed.common.jobs import Job
 from seedbed.common.manifest import BaseIdentity
 from seedbed.server.ablation.artifacts import Graph, candidate_digest, walk
-from seedbed.server.ablation.cells import Variant, expand, groups, with_candidates
-from seedbed.server.ablation.run import configured, whole_config
+from seedbed.server.ablation.cells import Group, Variant, configured, expand, groups, whole_config, with_candidates
 from seedbed.server.ablation.values import Plan
 from seedbed.server.combination import Parts
 from seedbed.server.measurement import score_key
@@ -132,17 +128,16 @@ def forecast(plan: Plan, seeds: Sequence[int], root: Path | None = None) -> Fore
     base = _identity(config)
     history = History.of(root)
     cells, graph = _cells(variants, seeds, base, history)
-    scores = {
-        key for seed in seeds for group in groups(variants) for key in _scores(group.variants, seed, base, history)
-    }
+    known = Graph(history.trained, history.combined)
+    scores = {key for seed in seeds for group in groups(variants) for key in score_keys(group, seed, base, known)}
     trainings = tuple(row for row in (_trainings(kind, graph, history, config) for kind in _KINDS) if row.distinct)
     left = scores - history.scores
     per_score = sum(history.scored) / len(history.scored) if history.scored else _rule(config, _RULE_SCORE)
     workers = worker_count(config, len(config.tasks.experts))
-    known = [row.seconds for row in trainings]
+    times = [row.seconds for row in trainings]
     seconds = None
-    if per_score is not None and None not in known:
-        seconds = sum(value or 0.0 for value in known) / workers + len(left) * per_score
+    if per_score is not None and None not in times:
+        seconds = sum(value or 0.0 for value in times) / workers + len(left) * per_score
     return Forecast(
         plan=plan,
         seeds=len(seeds),
@@ -173,13 +168,17 @@ def _cells(
     return found, whole
 
 
-def _scores(variants: Sequence[Variant], seed: int, base: BaseIdentity, history: History) -> Iterator[str]:
-    """Keys of all scores that the cells of one configuration need."""
-    config = configured(with_candidates(variants), seed)
-    graph = Graph(history.trained, history.combined)
+def score_keys(group: Group, seed: int, base: BaseIdentity, known: Graph) -> Iterator[str]:
+    """Under which the scores are kept that the cells of one configuration need; some may be needed more than once.
+
+    Args:
+        known: what was trained and combined before.
+    """
+    config = configured(group.config, seed)
+    graph = Graph(known.trained, known.combined)
     parts = walk(config, base, graph)
     tasks = (*config.tasks.experts, *config.tasks.held_out, *config.evaluation.extra)
-    for variant in variants:
+    for variant in group.variants:
         yield from (
             score_key(digest, base, task, config)
             for digest, of_tasks in _models(variant, parts, seed, graph, tasks)
@@ -233,51 +232,3 @@ def _entries(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError:  # the line that is being written, or was when the run was ended
             continue
-
-
-# -- tables -----------------------------------------------------------------------------------------------------------
-
-
-def tables(found: Forecast) -> Renderables:
-    """A forecast for a terminal."""
-    times = "from the ledger" if found.measured else "by a rule of thumb for this model"
-    total = "unknown until something was trained here" if found.seconds is None else _minutes(found.seconds)
-    text = (
-        f"{len(found.cells)} cells in {found.configurations} configurations, {_seeds(found.seeds)}: "
-        f"{found.distinct} distinct trainings instead of {found.alone} cell by cell, {found.cached} of them done. "
-        f"{found.scores} scores (a model on a task), {found.scores_cached} of them done. "
-        f"Estimated time: {total}"
-    )
-    text += "." if found.seconds is None else f" with {found.workers} workers, {times}."
-    return Renderables(_cell_table(found), _training_table(found), text)
-
-
-def _cell_table(found: Forecast) -> Table:
-    table = Table(title=f"{found.plan.name}: cells", title_justify="left")
-    for column in ("row", "cell", "trainings", "new"):
-        table.add_column(column, justify="right" if column in ("trainings", "new") else "left")
-    before = ""
-    for needs in found.cells:
-        cell = needs.variant.cell
-        name = f"{cell.name} (as full)" if cell.is_full else cell.name
-        table.add_row(cell.row if cell.row != before else "", name, str(needs.trainings), str(needs.new))
-        before = cell.row
-    return table
-
-
-def _training_table(found: Forecast) -> Table:
-    table = Table(title="trainings", title_justify="left")
-    for column in ("kind", "distinct", "done", "steps to go", "time of one worker"):
-        table.add_column(column, justify="left" if column == "kind" else "right")
-    for row in found.trainings:
-        time = "-" if row.seconds is None else _minutes(row.seconds)
-        table.add_row(row.kind, str(row.distinct), str(row.cached), str(row.steps), time)
-    return table
-
-
-def _seeds(count: int) -> str:
-    return "one random seed" if count == 1 else f"{count} random seeds"
-
-
-def _minutes(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"

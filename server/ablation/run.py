@@ -6,77 +6,34 @@ scores are all the state there is, so a run that was ended in any way continues 
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flwr.clientapp import ClientApp
-from pydantic import ValidationError
 
-from seedbed.common import basemodel
-from seedbed.common.config import FederationConfig
-from seedbed.common.errors import EnvironmentFailure, QuorumError, ResumeError, SeedbedError
-from seedbed.common.files import atomic_write
+from seedbed.common.errors import EnvironmentFailure, QuorumError, SeedbedError
 from seedbed.common.jobs import Hello, Job, JobResult
-from seedbed.common.manifest import BaseIdentity
-from seedbed.common.targets import target_shapes
 from seedbed.common.versions import software_versions
-from seedbed.server.ablation.cells import FULL, Group, Variant, base_config, expand, groups, with_candidates
+from seedbed.server.ablation.artifacts import Graph
+from seedbed.server.ablation.cells import (
+    FULL,
+)
+from seedbed.server.ablation.forecast import score_keys
 from seedbed.server.ablation.outcomes import Costs, Made, Scorer, measure, reason_of
-from seedbed.server.ablation.plan import refuse_change
 from seedbed.server.ablation.prefetch import Gathered, missing, prefetch
+from seedbed.server.ablation.study import Study, Unit, open_study
 from seedbed.server.ablation.values import CellOutcome, Plan, SeedOutcome
-from seedbed.server.admission import Shapes
 from seedbed.server.assembly import lineage
 from seedbed.server.evaluation.compare import Circumstances
-from seedbed.server.federation import Federation
-from seedbed.server.inputs import Inputs, find_inputs, write_embedded
+from seedbed.server.inputs import Inputs
 from seedbed.server.ledger import Entry
 from seedbed.server.measurement import Measurement
-from seedbed.server.observer import Busy, Observer
+from seedbed.server.observer import Observer, Within
 from seedbed.server.plan import Planner
-from seedbed.server.rundir import RunDirectory
 from seedbed.server.simulation import simulate, worker_count, write_nodes
 from seedbed.server.workforce import Failure, Workforce
-
-PLAN = "plan.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Study:
-    """An ablation with everything that it needs except participants and a scorer."""
-
-    variants: Sequence[Variant]
-    seeds: Sequence[int]
-    run: RunDirectory
-    base: BaseIdentity
-    shapes: Callable[[FederationConfig], Shapes]
-    observe: Observer
-
-    def units(self) -> list[Unit]:
-        """One for each random seed and configuration."""
-        return [Unit(seed, group) for seed in self.seeds for group in groups(self.variants)]
-
-    def federation(self, config: FederationConfig, workforce: Workforce) -> Federation:
-        return Federation(self.run.view(config), workforce, self.base, self.shapes(config), self.observe)
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """A configuration with a random seed."""
-
-    seed: int
-    group: Group
-
-    def config(self) -> FederationConfig:
-        return configured(self.group.config, self.seed)
-
-    def alone(self) -> Iterator[Unit]:
-        """Each cell by itself."""
-        for variant in self.group.variants:
-            yield Unit(self.seed, Group(with_candidates([variant]), (variant,)))
 
 
 @dataclass
@@ -120,11 +77,10 @@ def run_ablation(
         ResumeError: if `resume` is set and the plan has changed.
         SeedbedError: if the full method fails with every random seed.
     """
-    # Every configuration goes through all stages; most have nothing left to do there.
-    study, inputs = open_study(plan, root, Busy(observe), seeds, resume)
+    study, inputs = open_study(plan, root, observe, seeds, resume)
     try:
         trained = _train(study, inputs, client_app)
-        outcomes = measured(study, trained, Measurement(study.run, study.base, inputs, study.observe))
+        outcomes = measured(study, trained, Measurement(study.run, study.base, inputs, Within(observe, "evaluate")))
         study.run.ledger.append(Entry(event="finished", name=plan.name))
         return Ablation(outcomes, _circumstances(study, outcomes))
     except SeedbedError as error:
@@ -132,55 +88,6 @@ def run_ablation(
         raise
     finally:
         study.run.close()
-
-
-def open_study(plan: Plan, root: Path, observe: Observer, seeds: Sequence[int], resume: bool) -> tuple[Study, Inputs]:
-    """Check everything that can be checked before anything is written, then open the run directory."""
-    variants = expand(plan)
-    config = whole_config(plan, variants)
-    found = groups(variants)
-    directory = basemodel.resolve(config.base)
-    shapes = {_lora(group.config): target_shapes(directory, group.config.lora) for group in found}
-    inputs = [find_inputs(group.config) for group in found]
-    ready = [one for one in inputs if one is not None]
-    base = basemodel.identify(directory, config.base.model)
-    before = _plan_of(root)
-    if before is not None and resume:
-        refuse_change(before, plan, str(root))
-    hashes = {name: value for one in ready for name, value in one.hashes.items()}
-    run = RunDirectory.open(root, config, hashes, resume=resume)
-    try:
-        if before is None:
-            if next(run.ledger.of("accepted", "combined"), None) is not None:
-                raise ResumeError(f"{root} is a run of another kind: it has no {PLAN}", "Name another --out.")
-            atomic_write(run.root / PLAN, (plan.model_dump_json(indent=2) + "\n").encode())
-        if not ready:
-            ready = [write_embedded(group.config, run.root / "data") for group in found]
-    except BaseException:
-        run.close()
-        raise
-    study = Study(variants, seeds, run, base, lambda config: shapes[_lora(config)], observe)
-    return study, _union(ready)
-
-
-def whole_config(plan: Plan, variants: Sequence[Variant]) -> FederationConfig:
-    """The plan's configuration with the expert tasks of all cells."""
-    config = base_config(plan)
-    tasks = [task for variant in variants for task in variant.config.tasks.experts]
-    experts = tuple(dict.fromkeys((*config.tasks.experts, *tasks)))
-    return config.model_copy(update={"tasks": config.tasks.model_copy(update={"experts": experts})})
-
-
-def configured(config: FederationConfig, seed: int) -> FederationConfig:
-    """A configuration as an ablation runs it: with its random seed, and nobody may be missing.
-
-    A comparison in which one side silently lacks an expert would be wrong, so the quorum is all.
-    """
-    changes = {
-        "run": config.run.model_copy(update={"random_seed": seed}),
-        "stages": config.stages.model_copy(update={"quorum": 1.0}),
-    }
-    return config.model_copy(update=changes)
 
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -194,8 +101,10 @@ def trained_by(study: Study, workforce: Workforce, participants: int) -> Trained
     prefetch(quiet, gathered, study.observe)
     gathered.forget_failures()  # each gets a second chance, from the cell that needs it
     result = Trained()
+    study.observe.stage("combine", len(units))
     for unit in units:
         _conduct(study, unit, gathered, result)
+        study.observe.advance(unit.name)
     return result
 
 
@@ -259,6 +168,7 @@ def measured(study: Study, trained: Trained, scorer: Scorer) -> list[CellOutcome
     outcomes: dict[str, dict[int, SeedOutcome]] = {variant.cell.name: {} for variant in study.variants}
     failures = dict(trained.failures)
     costs = Costs()
+    study.observe.stage("evaluate", len(_scores_to_go(study)))
     for seed, made in trained.made:
         scorer = scorer.of(made.run)
         found, failed = measure(made, scorer, costs)
@@ -285,6 +195,16 @@ def measured(study: Study, trained: Trained, scorer: Scorer) -> list[CellOutcome
     ]
 
 
+def _scores_to_go(study: Study) -> set[str]:
+    ledger = study.run.ledger
+    known = Graph(
+        {entry.key: entry.digest for entry in ledger.of("accepted")},
+        {entry.key: entry.digest for entry in ledger.of("combined")},
+    )
+    keys = {key for unit in study.units() for key in score_keys(unit.group, unit.seed, study.base, known)}
+    return keys - {path.stem for path in (study.run.root / "evaluations").glob("*.json")}
+
+
 def _circumstances(study: Study, outcomes: Sequence[CellOutcome]) -> Circumstances:
     first = study.seeds[0]
     names = {
@@ -307,32 +227,3 @@ def _as_ours(error: Exception) -> SeedbedError:
 
 def _place(cell: str) -> str:
     return "".join(letter if letter.isalnum() or letter in "._=,+-" else "-" for letter in cell)[:150]
-
-
-def _lora(config: FederationConfig) -> str:
-    return json.dumps(config.lora.model_dump(mode="json"), sort_keys=True)
-
-
-def _plan_of(root: Path) -> Plan | None:
-    """The plan that a directory was started with."""
-    path = root / PLAN
-    if not path.exists():
-        return None
-    try:
-        return Plan.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        raise ResumeError(f"{path} cannot be read", "Restore it, or name another --out.") from None
-
-
-def _union(inputs: Sequence[Inputs]) -> Inputs:
-    """Where the examples of all configurations lie."""
-    merged = inputs[0]
-    for one in inputs[1:]:
-        merged = replace(
-            merged,
-            train={**one.train, **merged.train},
-            test={**one.test, **merged.test},
-            hashes={**one.hashes, **merged.hashes},
-            general=merged.general or one.general,
-        )
-    return merged

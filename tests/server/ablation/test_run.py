@@ -18,9 +18,10 @@ from seedbed.common.jobs import Job, JobResult
 from seedbed.common.routing import Mixture, RoutingDiagnostics
 from seedbed.common.storage import read_adapter
 from seedbed.server.ablation.artifacts import Graph, walk
-from seedbed.server.ablation.cells import expand, groups
+from seedbed.server.ablation.cells import configured, expand, groups, whole_config
 from seedbed.server.ablation.plan import parse_plan
-from seedbed.server.ablation.run import Study, Trained, configured, measured, trained_by, whole_config
+from seedbed.server.ablation.run import Trained, measured, trained_by
+from seedbed.server.ablation.study import Study
 from seedbed.server.ablation.values import CellOutcome, Plan
 from seedbed.server.combination import Combination
 from seedbed.server.evaluation.suite import TaskResult
