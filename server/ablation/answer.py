@@ -187,10 +187,10 @@ def unit(measure: Measure) -> str:
 
 def plain(measure: Measure, value: float) -> str:
     """A difference without unit; accuracies and retention in percentage points. Never `−0.0`."""
-    digits = {"kl": 4, "perplexity": 3}.get(measure, 1)
     scaled = value if measure in LOWER_IS_BETTER else 100 * value
+    digits = {"kl": 4 if abs(value) >= 0.001 else 6, "perplexity": 3}.get(measure, 1)
     rounded = round(scaled, digits) + 0.0
-    return f"{rounded:.{digits}f}".replace("-", "−") if rounded else f"{0:.{digits}f}"
+    return f"{rounded:.{digits}f}".replace("-", "−") if rounded else f"{0:.{min(digits, 4)}f}"
 
 
 def signed(measure: Measure, value: float) -> str:

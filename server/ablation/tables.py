@@ -246,13 +246,13 @@ def cells(results: AblationResults) -> Grid:
         [
             label(results, one.cell),
             one.cell.candidate,
-            ", ".join(one.cell.changes) or "none",
             ", ".join(f"seed {seed}: {_short(digest)}" for seed, digest in one.digests.items()),
+            ", ".join(one.cell.changes) or "none",
         ]
         for one in results.cells.values()
     ]
     note = f"Changes: on top of {results.plan.config}{_given(results)}. Digests of the measured candidates, shortened."
-    return Grid("What every cell is", ["cell", "candidate", "changes", "digests"], rows, note=note)
+    return Grid("What every cell is", ["cell", "candidate", "digests", "changes"], rows, note=note)
 
 
 def _short(digest: str | None) -> str:

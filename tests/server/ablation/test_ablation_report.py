@@ -109,9 +109,10 @@ def test_outcomes_are_compact(written: Path) -> None:
     assert re.fullmatch(r"[01]{160}", digits)
 
 
-def test_the_order_of_cells_changes_no_number(results: AblationResults, tmp_path: Path) -> None:
+def test_the_order_of_rows_and_cells_changes_no_number(results: AblationResults, tmp_path: Path) -> None:
     about = Circumstances()
-    moved = write_ablation(laboratory.PLAN, made()[::-1], tmp_path, COMMAND, about)
+    plan = laboratory.PLAN.model_copy(update={"rows": laboratory.PLAN.rows[::-1]})
+    moved = write_ablation(plan, made()[::-1], tmp_path, COMMAND, about)
     assert {(one.cell, one.measure): one for one in moved.effects} == {
         (one.cell, one.measure): one for one in results.effects
     }
