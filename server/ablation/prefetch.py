@@ -6,6 +6,7 @@ fails here is left to the cell's own run, which reports it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 
 from seedbed.common.errors import SeedbedError
@@ -120,9 +121,10 @@ def _give_out(wave: Wave, workforce: Workforce, observe: Observer) -> set[str]:
     done: set[str] = set()
     assignments = []
     for federation, job in sorted(wave.values(), key=lambda pair: -_length(pair[1])):
-        node = federation.node_for(job)
-        if node is not None:
-            assignments.append((node, job))
+        with contextlib.suppress(SeedbedError):  # somebody is missing, as the cell will say
+            node = federation.node_for(job)
+            if node is not None:
+                assignments.append((node, job))
 
     def on_answer(node: int, job: Job, answer: JobResult | Failure) -> None:
         federation, _ = wave[job.recipe]
@@ -138,7 +140,8 @@ def _give_out(wave: Wave, workforce: Workforce, observe: Observer) -> set[str]:
     # As long as the stages that are in this wave would have had, one after the other.
     sharing = {id(federation) for federation, _ in wave.values()}
     deadline = max(federation.run.config.stages.deadline for federation, _ in wave.values()) * len(sharing)
-    workforce.perform(assignments, deadline, on_answer)
+    if assignments:
+        workforce.perform(assignments, deadline, on_answer)
     return done
 
 

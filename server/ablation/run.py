@@ -17,9 +17,7 @@ from seedbed.common.errors import EnvironmentFailure, QuorumError, SeedbedError
 from seedbed.common.jobs import Hello, Job, JobResult
 from seedbed.common.versions import software_versions
 from seedbed.server.ablation.artifacts import Graph
-from seedbed.server.ablation.cells import (
-    FULL,
-)
+from seedbed.server.ablation.cells import FULL
 from seedbed.server.ablation.forecast import score_keys
 from seedbed.server.ablation.outcomes import Costs, Made, Scorer, measure, reason_of
 from seedbed.server.ablation.prefetch import Gathered, missing, prefetch

@@ -287,6 +287,17 @@ def test_if_the_full_method_fails_with_every_seed_so_does_the_plan(tmp_path: Pat
         conduct(found, Village(found.run.root / "store", {"expert:a": failing}))
 
 
+def test_a_participant_that_is_refused_fails_only_the_cells_that_need_it(tmp_path: Path) -> None:
+    rows = [{"part": "tasks.experts", "action": "replace", "with": [list(TASKS)]}]
+    plan = make_plan(tmp_path, rows, tasks={"experts": ["a", "b"]})
+    found = study(plan, tmp_path)
+    village = Village(found.run.root / "store")
+    village.hellos[3] = Failure(3, "did not answer within 1 s")
+    _, (full, four) = conduct(found, village)
+    assert list(full.seeds) == [0]
+    assert "stage 'hello' has 3 of 4 results" in four.failures[0]
+
+
 def test_if_the_full_method_fails_with_one_seed_the_others_count(tmp_path: Path) -> None:
     found = study(make_plan(tmp_path, [ROWS[0]]), tmp_path, seeds=(0, 1))
 
