@@ -78,6 +78,18 @@ def test_with_one_seed_the_interval_is_scipys_bootstrap_with_the_deviation_over_
     assert found.stderr == pytest.approx(wider * bootstrap.standard_error, rel=0.03)
 
 
+@pytest.mark.parametrize("n", [5, 40])
+def test_few_or_many_different_values_are_resampled_as_scipy_does(n: int) -> None:
+    values = np.random.default_rng(n).normal(size=n) ** 3
+    found = seeded_difference({"a": [values]}, {"a": [np.zeros(n)]})
+    expected = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    wider = math.sqrt(n / (n - 1))
+    ends = [values.mean() + wider * (end - values.mean()) for end in (expected.low, expected.high)]
+    assert (found.low, found.high) == pytest.approx(ends, abs=0.03 * (expected.high - expected.low))
+
+
 def test_seeds_that_all_say_the_same_leave_the_examples_error() -> None:
     rng = np.random.default_rng(5)
     ours, theirs = rng.integers(0, 2, 90), rng.integers(0, 2, 90)
