@@ -54,6 +54,8 @@ def _opening(results: AblationResults, effects: Sequence[PartEffect], gains: Seq
     comparisons = f"{count} comparisons" if count > 1 else "one comparison"
     if not gains and any(effect.is_clear for effect in effects):
         return f"No part is shown to have earned anything in {subject}."
+    if all(effect.difference == effect.low == effect.high == 0 for effect in effects):
+        return f"In {subject} nothing differs from the full method."
     if not gains:
         nearest = _nearest(effects)
         even = "not even the clearest difference" if count > 1 else "the difference"

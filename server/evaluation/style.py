@@ -49,5 +49,6 @@ details { margin: 1rem 0; }
 summary { cursor: pointer; font-weight: 600; }
 details thead th { text-align: left; }
 details td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+@media (max-width: 600px) { th { white-space: normal; } tbody th { min-width: 6.5rem; max-width: 10rem; } }
 @media print { nav { display: none; } .scroll, .wide { overflow: visible; } details > * { display: block; } }
 """

@@ -219,6 +219,12 @@ def test_a_part_whose_interval_includes_zero_has_earned_nothing(tmp_path: Path) 
     )
 
 
+def test_what_makes_no_difference_at_all_is_said_to_make_none(tmp_path: Path) -> None:
+    other = run(0.5).model_copy(update={"digest": "another adapter that answers alike"})
+    results = write_ablation(*small(outcome("x", {0: other, 1: other})), tmp_path, "")
+    assert results.answer == "In accuracy on 1 held-out task nothing differs from the full method."
+
+
 def test_a_part_that_costs_is_said_to_cost(tmp_path: Path) -> None:
     results = write_ablation(*small(outcome("x", {0: run(1.0), 1: run(1.0)})), tmp_path, "")
     assert results.answer.startswith(
