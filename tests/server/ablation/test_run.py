@@ -17,7 +17,7 @@ from seedbed.common.errors import QuorumError
 from seedbed.common.jobs import Job, JobResult
 from seedbed.common.routing import Mixture, RoutingDiagnostics
 from seedbed.common.storage import read_adapter
-from seedbed.server.ablation.artifacts import Graph, walk
+from seedbed.server.ablation.artifacts import Graph, candidate_digest, walk
 from seedbed.server.ablation.cells import configured, expand, groups, whole_config
 from seedbed.server.ablation.plan import parse_plan
 from seedbed.server.ablation.run import Trained, measured, trained_by
@@ -364,6 +364,31 @@ def test_the_same_random_seed_gives_the_same_numbers_and_another_one_others(tmp_
     judge = Judge(found.run)
     random = [judge.number(values[0]["method=random"][seed]) for seed in (0, 1)]
     assert random[0] != random[1], "random directions are drawn anew"
+
+
+def test_every_candidate_is_known_by_its_digest_before_it_is_looked_at(tmp_path: Path) -> None:
+    routed = ["uniform", "arrow", "learned", "phatgoose", "molora", "joint", "seed", "base", "unseeded"]
+    slow = {"name": "slow", "router": "sequence", "over": "learned"}
+    rows = [
+        *ROWS[:1],
+        {"part": "candidate", "action": "replace", "with": [*routed, slow]},
+        {"part": "merge_rule", "action": "replace", "with": ["random", "iterative"]},
+        {"part": "order", "action": "replace", "with": [1]},
+        {"part": "include_seed", "action": "replace", "with": [True]},
+    ]
+    found = study(make_plan(tmp_path, rows), tmp_path, seeds=(0, 1))
+    _, outcomes = conduct(found, Village(found.run.root / "store"))
+    ledger = found.run.ledger
+    graph = Graph(
+        {entry.key: entry.digest for entry in ledger.of("accepted")},
+        {entry.key: entry.digest for entry in ledger.of("combined")},
+    )
+    for variant, outcome in zip(found.variants, outcomes, strict=True):
+        for seed in (0, 1):
+            parts = walk(configured(variant.config, seed), BASE, graph)
+            assert candidate_digest(variant.candidate, parts, seed, graph) == outcome.seeds[seed].digest, (
+                variant.cell.name
+            )
 
 
 def test_published_adapters_are_those_of_the_cells(tmp_path: Path) -> None:
