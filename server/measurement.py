@@ -61,7 +61,8 @@ class Measurement:
         """All scores by candidate; what an earlier try has measured is read back."""
         tasks = self._tasks()
         pairs = [(candidate, task) for candidate in candidates for task in self._for(candidate, tasks)]
-        missing = [pair for pair in pairs if self._held(*pair) is None]
+        # By key: one adapter may have several names.
+        missing = {self._key(*pair): pair for pair in pairs if self._held(*pair) is None}.values()
         self.observe.stage("evaluate", len(missing))
         for candidate, task in missing:
             self._measure(candidate, task)
@@ -77,7 +78,7 @@ class Measurement:
         """How far each candidate is from the base model on general text; empty where there is none."""
         if self.inputs.general is None or not self.run.config.evaluation.drift:
             return {}
-        missing = [candidate for candidate in candidates if self._held_drift(candidate) is None]
+        missing = {one.digest: one for one in candidates if self._held_drift(one) is None}.values()
         self.observe.stage("general text", len(missing))
         for candidate in missing:
             self._measure_drift(candidate)

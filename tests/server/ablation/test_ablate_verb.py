@@ -36,6 +36,7 @@ SMALL: dict[str, Any] = {
         {"part": "seed_expert", "action": "remove"},
         {"part": "routing", "action": "replace", "with": ["uniform", "oracle", "joint"]},
         {"part": ["of", "kl_loss", "norm_loss"], "action": "replace", "with": [["tuned", 0, 0]], "label": "untuned"},
+        {"part": "task_scale", "action": "replace", "with": [1.0]},
     ],
 }
 
@@ -62,7 +63,8 @@ def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(plan: Path, tmp_p
     assert done.returncode == 0, done.stderr
     told = " ".join(done.stdout.split())
     # Seed, seeded and unseeded experts of two tasks, and the joint adapter, twice; the untuned experts are plain ones.
-    assert "6 cells in 3 configurations, 2 random seeds: 14 distinct trainings instead of 46 cell by cell" in told
+    assert "7 cells in 3 configurations, 2 random seeds: 14 distinct trainings instead of 54 cell by cell" in told
+    assert "options.task_scale=1.0 (as full)" in told
     assert "by a rule of thumb" in told
     assert not (tmp_path / "out").exists()
 
@@ -136,7 +138,7 @@ def test_killed_and_resumed_it_trains_and_measures_everything_exactly_once(plan:
         assert set(times.values()) == {1}, f"{event} twice"
         assert len(times) == count, f"as many {event} as the dry run counts"
     results = json.loads((out / "ablation.json").read_text())
-    assert len(results["cells"]) == 6
+    assert len(results["cells"]) == 7
     assert all(not cell["failures"] for cell in results["cells"].values())
     digests = {name: cell["digests"]["0"] for name, cell in results["cells"].items()}
     assert digests["of=tuned,routing_tuning.kl_weight=0,routing_tuning.norm_weight=0"] == digests["full"]
