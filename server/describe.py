@@ -58,13 +58,12 @@ def stages(config: FederationConfig, shapes: Shapes | None) -> list[StagePlan]:
     rows += [(job.name, [job]) for job in planner.molora(tasks)]
     rows += _routers(planner, tasks)
     size = None if shapes is None else Sizes.of(shapes, config)
-    return [_stage(name, jobs, size) for name, jobs in rows]
+    return [_stage(name, jobs, size) for name, jobs in _distinct(rows)]
 
 
 def _routers(planner: Planner, tasks: Sequence[str]) -> list[tuple[str, list[Job]]]:
-    """Stages of gates and learned routers; what is trained twice for two candidates is counted once."""
+    """Stages of gates and learned routers."""
     rows: list[tuple[str, list[Job]]] = []
-    seen: set[str] = set()
     for candidate in planner.candidates:
         experts = {task: f"{candidate.of}:{task}" for task in tasks}
         if candidate.trains_gates:
@@ -73,6 +72,12 @@ def _routers(planner: Planner, tasks: Sequence[str]) -> list[tuple[str, list[Job
             for index in range(planner.router_rounds):
                 jobs = planner.routers(candidate, index, f"round-{index}" if index else None, experts)
                 rows.append((f"router {candidate.name}, round {index + 1}", jobs))
+    return rows
+
+
+def _distinct(rows: Sequence[tuple[str, list[Job]]]) -> list[tuple[str, list[Job]]]:
+    """What would be trained twice is counted once: gates of two candidates, or tuned experts without the terms of tuning."""
+    seen: set[str] = set()
     kept = []
     for name, jobs in rows:
         new = [job for job in jobs if job.recipe not in seen]

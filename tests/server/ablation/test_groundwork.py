@@ -11,6 +11,7 @@ from seedbed.common.errors import ConfigError
 from seedbed.common.storage import read_manifest
 from seedbed.server.candidates import resolve
 from seedbed.server.combination import in_order, merge_options
+from seedbed.server.describe import stages
 from seedbed.server.federation import Federation
 from seedbed.server.observer import Silent
 from seedbed.server.plan import Planner
@@ -59,6 +60,11 @@ def test_tuning_without_its_terms_is_the_plain_training_and_done_once(tmp_path: 
     assert all(found[f"tuned:{task}"] == found[f"expert:{task}"] for task in TASKS)
     doubled = Planner(config(routing_tuning={"kl_weight": 0, "norm_weight": 0, "task_weight": 2}), BASE)
     assert doubled.tuned(None, TASKS)[0].tuning is not None, "twice the loss is another training"
+
+
+def test_a_plan_of_a_run_counts_such_experts_once() -> None:
+    settings = config(routing_tuning={"kl_weight": 0, "norm_weight": 0}, combine={"candidates": ["experts", "tuned"]})
+    assert [(stage.name, stage.jobs) for stage in stages(settings, None)] == [("seed, round 1", 4), ("experts", 4)]
 
 
 def test_an_order_permutes_the_adapters_of_a_merge_and_stands_in_its_lineage(tmp_path: Path) -> None:
