@@ -44,13 +44,16 @@ def write_average(
     """
     with ThreadPoolExecutor(1, "sha256") as hasher:
         hashing: Future[None] | None = None
-        for name in plan.names:
+        names = plan.names
+        for index, name in enumerate(names):
+            for file in plan.holders(names[index + 1]) if index + 1 < len(names) else ():
+                file.prefetch(names[index + 1])  # the disk reads ahead while this module is written
             _write_module(new, plan, name, blocks[name])
             if hashing is not None:
                 hashing.result()  # what was just read is hashed while it is still in memory, and no more waits
             hashing = hasher.submit(_hash_behind, plan.files, name)
             if progress is not None:
-                progress(name, len(plan.names))
+                progress(name, len(names))
         if hashing is not None:
             hashing.result()
 
