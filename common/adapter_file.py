@@ -117,6 +117,13 @@ class AdapterFile:
         rows = self._tensors.shape(key)[0]
         return self._tensors.rows(key, start, rows if stop is None else stop)
 
+    def read_part(self, module: str, factor: Literal["A", "B"], start: int, into: Tensor) -> None:
+        """`part`, into a contiguous tensor of the factor's own dtype and width."""
+        self._tensors.read_rows(self._keys[module][factor], start, into)
+
+    def factor_dtype(self, module: str, factor: Literal["A", "B"]) -> torch.dtype:
+        return self._tensors.dtype(self._keys[module][factor])
+
     def prefetch(self, module: str) -> None:
         """Have the system read a module from the disk while something else is computed."""
         self._tensors.prefetch(self._keys[module].values())

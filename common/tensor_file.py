@@ -94,6 +94,12 @@ class TensorFile:
         width = self.shape(name)[1] * self.dtype(name).itemsize
         return self._read(first + start * width, first + stop * width).view(self.dtype(name)).reshape(stop - start, -1)
 
+    def read_rows(self, name: str, start: int, into: Tensor) -> None:
+        """Rows from `start` on of a matrix, read into a contiguous tensor of its dtype and width."""
+        first, _ = self.span(name)
+        width = self.shape(name)[1] * self.dtype(name).itemsize
+        self._fill(into.view(torch.uint8).reshape(-1).numpy().data, first + start * width)
+
     def chunks(self, name: str, size: int = 1 << 24) -> Iterator[Tensor]:
         """The bytes of a tensor of any dtype, in parts."""
         first, last = self.span(name)

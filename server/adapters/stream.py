@@ -76,34 +76,57 @@ def _write_module(new: AdapterWriter, plan: MergePlan, name: str, ranks: Sequenc
 
 
 def _rows_of_all(terms: Sequence[Term], name: str, dtype: torch.dtype) -> Iterator[Tensor]:
-    held: list[Tensor] = []
+    columns = terms[0][0].shape(name)[1]
+    buffers = _Buffers(
+        max(1, _PART // (columns * dtype.itemsize)) + max(file.rank(name) for file, _ in terms), columns, dtype
+    )
+    filled, buffer = 0, buffers.next()
     for file, _ in terms:
-        held.append(_read(file, name, "A").to(dtype))
-        if sum(part.nbytes for part in held) >= _PART:
-            yield torch.cat(held)
-            held = []
-    if held:
-        yield torch.cat(held)
+        rank = file.rank(name)
+        _read(file, name, "A", 0, buffer[filled : filled + rank])
+        filled += rank
+        if filled * columns * dtype.itemsize >= _PART:
+            yield buffer[:filled]
+            filled, buffer = 0, buffers.next()
+    if filled:
+        yield buffer[:filled]
 
 
 def _slices(terms: Sequence[Term], name: str, dtype: torch.dtype, *, scaled: bool) -> Iterator[Tensor]:
     rows = terms[0][0].shape(name)[0]
-    width = sum(file.rank(name) for file, _ in terms) * dtype.itemsize
-    step = max(1, _PART // width)
+    ranks = [file.rank(name) for file, _ in terms]
+    step = min(rows, max(1, _PART // (sum(ranks) * dtype.itemsize)))
+    buffers = _Buffers(step, sum(ranks), dtype)
     for start in range(0, rows, step):
-        parts = [(_read(file, name, "B", start, min(start + step, rows)), factor) for file, factor in terms]
-        yield torch.cat([_scaled(part, factor, scaled).to(dtype) for part, factor in parts], dim=1)
+        buffer = buffers.next()[: min(step, rows - start)]
+        columns = torch.split(buffer, ranks, dim=1)
+        for (file, factor), column in zip(terms, columns, strict=True):
+            part = torch.empty(column.shape, dtype=file.factor_dtype(name, "B"))
+            _read(file, name, "B", start, part)
+            column.copy_(part.to(torch.promote_types(part.dtype, torch.float32)) * factor if scaled else part)
+        yield buffer
 
 
-def _read(file: AdapterFile, name: str, factor: Literal["A", "B"], start: int = 0, stop: int | None = None) -> Tensor:
-    part = file.part(name, factor, start, stop)
+class _Buffers:
+    """Two tensors that take turns: while one is written and hashed, the other is filled."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
+        self._held = [torch.empty(rows, columns, dtype=dtype) for _ in range(2)]
+
+    def next(self) -> Tensor:
+        self._held.reverse()
+        return self._held[0]
+
+
+def _read(file: AdapterFile, name: str, factor: Literal["A", "B"], start: int, into: Tensor) -> None:
+    """Rows from `start` on, cast to the dtype of `into`."""
+    own = file.factor_dtype(name, factor)
+    part = into if own == into.dtype else torch.empty(into.shape, dtype=own)
+    file.read_part(name, factor, start, part)
     if not is_finite(part):
         require_finite(name, file.factors(name))  # says which numbers of which factor
-    return part
-
-
-def _scaled(part: Tensor, factor: float, scaled: bool) -> Tensor:
-    return part.to(torch.promote_types(part.dtype, torch.float32)) * factor if scaled else part
+    if part is not into:
+        into.copy_(part)
 
 
 def _hash_behind(files: Sequence[AdapterFile], name: str) -> None:
