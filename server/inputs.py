@@ -67,6 +67,9 @@ def find_inputs(config: FederationConfig) -> Inputs | None:
         if untrainable:
             trainable = ", ".join(sorted(name for name, task in TASKS.items() if task.held_in))
             raise ConfigError(f"embedded task '{untrainable[0]}' has no training data", f"Choose among: {trainable}.")
+        for location in _public(config).values():
+            read_examples(location)
+        _general(config)
         return None
     if not tasks.data.is_dir():
         raise DataError(

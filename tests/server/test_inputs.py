@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -123,3 +124,22 @@ def test_participants_get_general_text_to_train_on_and_never_that_which_measures
     (node,) = [Node.model_validate(yaml.safe_load((run.root / "nodes/0.yaml").read_text()))]
     assert [(source.task, source.limit) for source in node.data] == [("a", None), ("general", 4)]
     run.close()
+
+
+@pytest.mark.parametrize(
+    ("values", "setting"),
+    [
+        ({"tasks": {"experts": ["addition"], "general": "no-such-file"}}, "tasks.general"),
+        (
+            {
+                "tasks": {"experts": ["addition"]},
+                "combine": {"routing": {"mode": "public", "data": "no-such-file"}},
+            },
+            "combine.routing.data",
+        ),
+        ({"tasks": {"experts": ["addition"]}, "seed": {"mode": "public", "data": "no-such-file"}}, "seed.data"),
+    ],
+)
+def test_a_file_that_is_missing_is_found_out_before_a_run_begins(values: dict[str, Any], setting: str) -> None:
+    with pytest.raises(DataError, match=setting):
+        find_inputs(parse_config(values))
