@@ -111,14 +111,8 @@ class AdapterFile:
         require_finite(module, factors)
         return factors
 
-    def part(self, module: str, factor: Literal["A", "B"], start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows ``start … stop`` of one factor of a module, read from the file as they are, unchecked."""
-        key = self._keys[module][factor]
-        rows = self._tensors.shape(key)[0]
-        return self._tensors.rows(key, start, rows if stop is None else stop)
-
     def read_part(self, module: str, factor: Literal["A", "B"], start: int, into: Tensor) -> None:
-        """`part`, into a contiguous tensor of the factor's own dtype and width."""
+        """Rows from `start` on of one factor, unchecked, into a contiguous tensor of the factor's own dtype and width."""
         self._tensors.read_rows(self._keys[module][factor], start, into)
 
     def factor_dtype(self, module: str, factor: Literal["A", "B"]) -> torch.dtype:
@@ -209,6 +203,11 @@ def _require_files(directory: Path) -> None:
             raise AdapterFormatError(
                 f"{directory / pickles[0]} is a pickle, which can run code when loaded: never read",
                 "Save the adapter as safetensors: model.save_pretrained(directory, safe_serialization=True).",
+            )
+        if "router.safetensors" in present:
+            raise AdapterFormatError(
+                f"{directory} is a mixture of experts or a router, expected one adapter",
+                f"Give the adapters of a mixture one by one: {directory / 'experts'}/*.",
             )
         raise AdapterFormatError(f"{directory} has no {TENSORS}", "Give a PEFT directory.")
     if CONFIG not in present:
