@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-import numpy as np
-
 from seedbed.common.config import FederationConfig
 from seedbed.common.drift import TextDrift
 from seedbed.common.errors import DataError, SeedbedError
@@ -18,8 +16,7 @@ from seedbed.server.ablation.values import SeedOutcome
 from seedbed.server.assembly import lineage
 from seedbed.server.candidates import Candidate
 from seedbed.server.combination import Combination, Parts, alone_name
-from seedbed.server.evaluation.compare import router_use
-from seedbed.server.evaluation.statistics import standard_error
+from seedbed.server.evaluation.compare import mean_score, router_use
 from seedbed.server.evaluation.suite import TaskResult
 from seedbed.server.rundir import RunDirectory
 
@@ -157,21 +154,8 @@ def _of_experts(candidate: Candidate, scores: Sequence[Sequence[TaskResult]], ta
         if candidate.role == "oracle":
             found.append(max(several, key=lambda score: score.value))
         else:
-            found.append(several[tasks.index(task)] if task in tasks else _mean(several))
+            found.append(several[tasks.index(task)] if task in tasks else mean_score(several))
     return found
-
-
-def _mean(scores: Sequence[TaskResult]) -> TaskResult:
-    outcomes = np.mean([score.outcomes for score in scores], axis=0)
-    normalized = [score.acc_norm for score in scores if score.acc_norm is not None]
-    return scores[0].model_copy(
-        update={
-            "value": float(outcomes.mean()),
-            "stderr": standard_error(outcomes),
-            "acc_norm": float(np.mean(normalized)) if normalized else None,
-            "outcomes": tuple(float(value) for value in outcomes),
-        }
-    )
 
 
 @dataclass(frozen=True, slots=True)

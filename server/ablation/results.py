@@ -29,7 +29,7 @@ from seedbed.common.files import atomic_write
 from seedbed.common.manifest import BaseIdentity, Record
 from seedbed.server.ablation.effects import MeanOf, Measure, Missing, Observations, Observed, PartEffect
 from seedbed.server.ablation.values import Cell, Plan
-from seedbed.server.evaluation.results import LineageNode, RouterUse
+from seedbed.server.evaluation.results import LineageNode, RouterUse, read_document
 
 ABLATION = "ablation.json"
 ABLATION_OUTCOMES = "ablation_outcomes.json"
@@ -125,7 +125,7 @@ def load(directory: Path) -> AblationResults:
         DataError: if it is missing, damaged or of another schema.
     """
     path = directory / ABLATION
-    document = _read(path)
+    document = read_document(path, "ablation", _AGAIN)
     try:
         return AblationResults.model_validate(document)
     except ValidationError as error:
@@ -142,29 +142,13 @@ def load_outcomes(directory: Path) -> dict[str, dict[int, Observed]]:
     """
     path = directory / ABLATION_OUTCOMES
     try:
-        cells = _read(path)["cells"]
+        cells = read_document(path, "ablation", _AGAIN)["cells"]
         return {cell: {int(seed): _unpacked(packed) for seed, packed in seeds.items()} for cell, seeds in cells.items()}
     except (KeyError, ValueError, AttributeError, TypeError):
         raise DataError(f"{path} is not a file of outcomes", _AGAIN) from None
 
 
 _AGAIN = "Evaluate the plan again with `seedbed ablate --resume`."
-
-
-def _read(path: Path) -> Any:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read: {error.strerror}",
-            "Name the directory of a finished ablation, or finish it with --resume.",
-        ) from None
-    except ValueError:
-        raise DataError(f"{path} is not valid JSON", _AGAIN) from None
-    version = document.get("schema") if isinstance(document, dict) else None
-    if version != 1:
-        raise DataError(f"{path} has schema {version!r}, expected 1", "Use the version of seedbed that wrote it.")
-    return document
 
 
 def _packed(observed: Observed) -> dict[str, Any]:

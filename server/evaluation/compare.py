@@ -158,7 +158,7 @@ def _references(measured: Sequence[Measured]) -> list[Measured]:
         for score in entry.scores:
             by_task.setdefault(score.task, []).append(score)
     own = [score for task, entry in experts.items() for score in entry.scores if score.task == task]
-    typical = [_mean_score(scores) for scores in by_task.values() if len(scores) == len(experts) > 1]
+    typical = [mean_score(scores) for scores in by_task.values() if len(scores) == len(experts) > 1]
     # Chosen with the answers at hand: an upper reference for everything that chooses one expert.
     best_of = [
         max(scores, key=lambda score: score.value) for scores in by_task.values() if len(scores) == len(experts) > 1
@@ -172,7 +172,8 @@ def _alone(measured: Sequence[Measured], group: str) -> dict[str, Measured]:
     return {entry.name.partition(":")[2]: entry for entry in measured if entry.name.startswith(f"{group}:")}
 
 
-def _mean_score(scores: Sequence[TaskResult]) -> TaskResult:
+def mean_score(scores: Sequence[TaskResult]) -> TaskResult:
+    """The mean over several models, example by example, of one task's scores."""
     outcomes = np.mean([score.outcomes for score in scores], axis=0)
     normalized = [score.acc_norm for score in scores if score.acc_norm is not None]
     return scores[0].model_copy(

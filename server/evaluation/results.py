@@ -207,7 +207,7 @@ def load(directory: Path) -> Results:
         DataError: if it is missing, damaged or of another schema.
     """
     path = directory / RESULTS
-    document = _read(path)
+    document = read_document(path, "run", _AGAIN)
     try:
         return Results.model_validate(document)
     except ValidationError as error:
@@ -226,7 +226,7 @@ def load_outcomes(directory: Path) -> dict[str, dict[str, tuple[float, ...]]]:
     try:
         return {
             candidate: {task: tuple(float(digit) for digit in digits) for task, digits in tasks.items()}
-            for candidate, tasks in _read(path)["outcomes"].items()
+            for candidate, tasks in read_document(path, "run", _AGAIN)["outcomes"].items()
         }
     except (KeyError, ValueError, AttributeError, TypeError):
         raise DataError(f"{path} is not a file of outcomes", _AGAIN) from None
@@ -235,16 +235,25 @@ def load_outcomes(directory: Path) -> dict[str, dict[str, tuple[float, ...]]]:
 _AGAIN = "Evaluate the run again with `seedbed simulate --resume`."
 
 
-def _read(path: Path) -> Any:
+def read_document(path: Path, kind: str, again: str) -> Any:
+    """A JSON document of schema 1.
+
+    Args:
+        kind: what directory it belongs to (`run`), for messages.
+        again: what to do where it is damaged.
+
+    Raises:
+        DataError: if it is missing, damaged or of another schema.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(
             f"{path} cannot be read: {error.strerror}",
-            "Name the directory of a finished run, or finish it with --resume.",
+            f"Name the directory of a finished {kind}, or finish it with --resume.",
         ) from None
     except ValueError:
-        raise DataError(f"{path} is not valid JSON", _AGAIN) from None
+        raise DataError(f"{path} is not valid JSON", again) from None
     version = document.get("schema") if isinstance(document, dict) else None
     if version != 1:
         raise DataError(f"{path} has schema {version!r}, expected 1", "Use the version of seedbed that wrote it.")
