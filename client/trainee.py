@@ -18,10 +18,13 @@ from seedbed.client.lora import attach, extract, layers, load_factors
 from seedbed.client.spec import TrainSpec
 from seedbed.common import basemodel
 from seedbed.common.adapter import Adapter
+from seedbed.common.errors import ConfigError
 from seedbed.common.routing import Mixture, RoutedModel, Router, RouterSettings
 from seedbed.common.routing.router_file import read_router
 from seedbed.common.storage import read_adapter
 from seedbed.common.targets import selected_shapes
+
+_NOT_TUNED = ("routing tuning is set for a job that trains no LoRA", "Leave tuning out of gates and routers.")
 
 
 class Trainee(ABC):
@@ -49,25 +52,25 @@ class Trainee(ABC):
         """An auxiliary loss of the last forward pass, such as the load balance of a router.
 
         Raises:
-            NotImplementedError: if this kind has none.
+            ConfigError: if this kind has none.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no auxiliary loss")
+        raise ConfigError("load_balance is set for a job that trains no router", "Leave load_balance out.")
 
     def silenced(self) -> AbstractContextManager[Any]:
         """Within the body the model computes what the bare base model does.
 
         Raises:
-            NotImplementedError: if this kind cannot be silenced.
+            ConfigError: if this kind cannot be silenced.
         """
-        raise NotImplementedError(f"{type(self).__name__} cannot be silenced")
+        raise ConfigError(*_NOT_TUNED)
 
     def update_norms(self, wanted: Bool[Tensor, "rows tokens"]) -> AbstractContextManager[list[Tensor]]:
         """Within the body, ``‖s B A x‖₂`` of the wanted tokens is kept, one tensor for each adapted module.
 
         Raises:
-            NotImplementedError: if this kind has no such update.
+            ConfigError: if this kind has no such update.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no update of its own")
+        raise ConfigError(*_NOT_TUNED)
 
 
 class LoraTrainee(Trainee):

@@ -15,6 +15,7 @@ product of x and a few rows; whoever calls a gate may compute it (`project`), to
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 import torch
@@ -60,19 +61,20 @@ class ConstantGate(Gate):
         self.shares.zero_()[index] = 1.0
 
 
-class ScoreGate(Gate):
+class ScoreGate(Gate, ABC):
     """A softmax of scores, which a subclass computes."""
 
     def __init__(self, settings: RouterSettings) -> None:
         super().__init__()
         self.top_k, self.temperature = settings.top_k, settings.temperature
 
+    @abstractmethod
     def rows(self) -> Tensor:
-        raise NotImplementedError
+        """See `Gate.rows`; never none."""
 
+    @abstractmethod
     def scores(self, x: Tensor, products: Tensor) -> Tensor:
         """From ``products = x · rowsᵀ [..., N]``."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, project: Project = F.linear) -> Tensor:
         return probabilities(self.scores(x, project(x, self.rows())), self.top_k, self.temperature)

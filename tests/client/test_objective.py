@@ -15,16 +15,17 @@ from seedbed.client.data import Tokens, collate, encode
 from seedbed.client.lora import attach, extract, layers
 from seedbed.client.objective import Objective, Pass, Totals, divergence
 from seedbed.client.spec import TrainSpec
-from seedbed.client.trainee import LoraTrainee
+from seedbed.client.trainee import LoraTrainee, RoutedTrainee
 from seedbed.client.training import Trained, train
 from seedbed.common import basemodel
-from seedbed.common.adapter import Adapter
+from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.config import BaseModelConfig, LoraSettings, RoutingTuningSettings, TrainingSettings
 from seedbed.common.embedded import write_task
 from seedbed.common.embedded.corpus import general_text
 from seedbed.common.errors import ConfigError
 from seedbed.common.examples import Example
 from seedbed.common.jobs import DataSource
+from seedbed.common.routing import RoutedModel
 
 TEXTS = [Tokens((5, 6, 7), 1), Tokens((8, 9, 10, 11, 12), 1)]
 TUNING = RoutingTuningSettings(kl_weight=1.0, norm_weight=0.1)
@@ -205,3 +206,18 @@ def test_general_text_that_cannot_be_cut_is_refused(sources: tuple[DataSource, D
     with pytest.raises(ConfigError, match="a batch of 2 examples cannot be cut") as refusal:
         run(sources, TUNING.model_copy(update={"general_batch": 2}), accumulation=4)
     assert "routing_tuning.general_batch" in refusal.value.hint
+
+
+def test_routing_tuning_of_something_that_is_no_lora_is_refused_in_a_sentence(trainee: LoraTrainee) -> None:
+    with pytest.raises(ConfigError, match="trains no router"):
+        trainee.auxiliary()
+    gate = RoutedTrainee(RoutedModel.gated(trainee.model.unload(), loud_adapter()), ("a",), whole=False, balanced=False)
+    with pytest.raises(ConfigError, match="trains no LoRA"):
+        Objective(gate, TUNING).terms(gate.model, Pass(collate(TEXTS, 0), general=True), Totals(task=1, general=6))
+
+
+def loud_adapter() -> Adapter:
+    name = "model.layers.0.self_attn.q_proj"
+    model, _ = basemodel.load(BaseModelConfig(), "cpu")
+    size = dict(model.named_modules())[name].in_features
+    return Adapter({name: LoraFactors(torch.ones(1, size), torch.ones(size, 1), 1.0)})
