@@ -20,7 +20,6 @@ from seedbed.common.errors import ConfigError, nearest
 Fraction = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Group = Literal["experts", "unseeded", "tuned"]
-GROUPS: tuple[str, ...] = get_args(Group)
 RouterKind = Literal["uniform", "learned", "arrow", "phatgoose", "sequence", "molora"]
 ROUTER_KINDS: tuple[str, ...] = get_args(RouterKind)
 

@@ -184,9 +184,14 @@ def evaluate(
     json_: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON.", show_default=False)
     ] = None,
+    lm_eval: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write MODEL/results_DATE.json in lm-eval's own format.", show_default=False),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure a model, with or without an adapter, on tasks."""
+    from seedbed.server.evaluation.lm_eval_format import write_lm_eval
     from seedbed.server.evaluation.suite import evaluate_model, results_table, write_json
 
     names = [name.strip() for name in tasks.split(",") if name.strip()]
@@ -195,7 +200,10 @@ def evaluate(
     results = evaluate_model(model, adapter, names, limit)
     if json_ is not None:
         write_json(json_, model, adapter, results)
-    if not quiet or json_ is None:
+    if lm_eval is not None:
+        settings = {"model_args": "" if adapter is None else f"adapter={adapter}", "limit": limit}
+        Console().print(str(write_lm_eval(lm_eval, model, results, settings=settings)), highlight=False, soft_wrap=True)
+    if not quiet or (json_ is None and lm_eval is None):
         Console().print(results_table(results))
 
 

@@ -102,9 +102,9 @@ def assert_nothing_written(data: Path) -> None:
 def test_help_reads_well_and_lists_every_verb(tmp_path: Path) -> None:
     outcome = seedbed("--help", cwd=tmp_path)
     assert outcome.returncode == 0
-    for verb in ("simulate", "merge", "evaluate", "report", "model"):
+    for verb in ("simulate", "merge", "inspect", "ablate", "evaluate", "report", "model"):
         assert verb in outcome.stdout
-    for verb in (["simulate"], ["merge"], ["evaluate"], ["report"], ["model", "fetch"]):
+    for verb in (["simulate"], ["merge"], ["inspect"], ["ablate"], ["evaluate"], ["report"], ["model", "fetch"]):
         assert "--quiet" in seedbed(*verb, "--help", cwd=tmp_path).stdout
 
 
@@ -431,3 +431,14 @@ def test_what_is_not_there_is_named(
 ) -> None:
     jsonl(tmp_path / "x.jsonl", GOOD)
     assert_refused(seedbed(*arguments, cwd=tmp_path), code, *words)
+
+
+def test_scores_can_be_written_as_lm_eval_writes_them(tmp_path: Path) -> None:
+    task = tmp_path / "mine.test.jsonl"
+    task.write_text('{"prompt": "What is 2 plus 3?", "choices": ["5", "6"], "label": 0}\n')
+    outcome = seedbed("evaluate", "embedded", "--tasks", str(task), "--lm-eval", "out", "-q", cwd=tmp_path)
+    assert outcome.returncode == 0, outcome.stderr
+    (path,) = (tmp_path / "out").rglob("results_*.json")
+    assert outcome.stdout.strip() == str(path.relative_to(tmp_path))
+    (samples,) = json.loads(path.read_text())["n-samples"].values()
+    assert samples["effective"] == 1
