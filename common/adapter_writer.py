@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.adapter_file import CONFIG, MANIFEST, PREFIX, TENSORS, dtype_name
-from seedbed.common.checks import is_finite, require_finite
+from seedbed.common.checks import is_finite, require_finite, require_finite_metrics
 from seedbed.common.errors import AdapterFormatError, NonFiniteError
 from seedbed.common.files import new_directory, write_file
 from seedbed.common.manifest import BaseIdentity, Kind, Manifest
@@ -124,9 +123,7 @@ class AdapterWriter:
         Raises:
             NonFiniteError: if a metric is NaN or infinite.
         """
-        for name, value in (metrics or {}).items():
-            if not math.isfinite(value):
-                raise NonFiniteError(f"metric {name} is {value}, expected a finite number")
+        require_finite_metrics(metrics or {})
         adapter = Adapter(self._shapes)
         path = base.name if base_model_name_or_path is None else base_model_name_or_path
         configuration = _json_bytes(make_peft_config(adapter, path))

@@ -6,6 +6,7 @@ Every refusal names the module, what was expected, and what was got.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -115,6 +116,17 @@ def require_finite(module: str, factors: LoraFactors) -> None:
             )
     if not math.isfinite(factors.scaling):
         raise NonFiniteError(f"module {module}: scaling is {factors.scaling}", "Check alpha and rank.")
+
+
+def require_finite_metrics(metrics: Mapping[str, float]) -> None:
+    """Refuse NaN and infinity among metrics, which JSON cannot hold.
+
+    Raises:
+        NonFiniteError: naming the metric.
+    """
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(f"metric {name} is {value}, expected a finite number")
 
 
 def is_finite(tensor: Tensor) -> bool:

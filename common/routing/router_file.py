@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ import torch
 from pydantic import ValidationError
 
 from seedbed.common.adapter_file import MANIFEST, dtype_name, read_manifest
-from seedbed.common.checks import require_base
+from seedbed.common.checks import require_base, require_finite_metrics
 from seedbed.common.errors import AdapterFormatError, AdapterMismatchError, ConfigError, NonFiniteError
 from seedbed.common.files import new_directory, storing, write_file
 from seedbed.common.manifest import BaseIdentity, Manifest, Record
@@ -145,9 +144,7 @@ def _require_writable(
     if len(parents) != len(names):
         raise ConfigError(f"expected the digests of {len(names)} experts as the router's parents, got {len(parents)}")
     _require_finite(router)
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise NonFiniteError(f"metric {name} is {value}, expected a finite number")
+    require_finite_metrics(metrics)
 
 
 def _require_finite(router: Router) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from seedbed.common.adapter_writer import AdapterWriter
-from seedbed.common.checks import is_finite, require_finite
+from seedbed.common.errors import NonFiniteError
 from seedbed.common.storage import AdapterFile
 from seedbed.server.adapters.layout import Blocks
 from seedbed.server.adapters.plan import MergePlan
@@ -48,7 +48,11 @@ def write_average(
         for index, name in enumerate(names):
             for file in plan.holders(names[index + 1]) if index + 1 < len(names) else ():
                 file.prefetch(names[index + 1])  # the disk reads ahead while this module is written
-            _write_module(new, plan, name, blocks[name])
+            try:
+                _write_module(new, plan, name, blocks[name])
+            except NonFiniteError:  # of the result: looked at once, as it is written
+                _blame(plan, name)
+                raise
             if hashing is not None:
                 hashing.result()  # what was just read is hashed while it is still in memory, and no more waits
             hashing = hasher.submit(_hash_behind, plan.files, name)
@@ -123,10 +127,14 @@ def _read(file: AdapterFile, name: str, factor: Literal["A", "B"], start: int, i
     own = file.factor_dtype(name, factor)
     part = into if own == into.dtype else torch.empty(into.shape, dtype=own)
     file.read_part(name, factor, start, part)
-    if not is_finite(part):
-        require_finite(name, file.factors(name))  # says which numbers of which factor
     if part is not into:
         into.copy_(part)
+
+
+def _blame(plan: MergePlan, name: str) -> None:
+    """Say which input holds NaN or infinity, and where; nothing if the result alone overflowed."""
+    for file in plan.holders(name):
+        file.factors(name)
 
 
 def _hash_behind(files: Sequence[AdapterFile], name: str) -> None:
