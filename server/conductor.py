@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from seedbed.common import basemodel
 from seedbed.common.config import FederationConfig
 from seedbed.common.datafiles import read_examples
 from seedbed.common.errors import ModelError, SeedbedError
-from seedbed.common.jobs import Hello, Job, JobResult
 from seedbed.common.manifest import BaseIdentity
 from seedbed.common.targets import target_shapes
 from seedbed.server.assembly import Findings, assemble
@@ -30,8 +28,8 @@ from seedbed.server.measurement import Measurement
 from seedbed.server.observer import Observer, Silent
 from seedbed.server.plan import Planner
 from seedbed.server.rundir import RunDirectory
-from seedbed.server.simulation import simulate, worker_count, write_nodes
-from seedbed.server.workforce import Failure, Workforce
+from seedbed.server.simulation import simulate, staff
+from seedbed.server.workforce import Nobody, NoParticipantsError, Workforce
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,7 @@ def run_simulation(
         if next(setting.run.ledger.of("finished"), None) and (setting.run.root / "results.json").exists():
             return records.load(setting.run.root)
         if _trained(setting):
-            return conduct(setting, _Nobody())
+            return conduct(setting, Nobody())
         return _with_participants(setting, client_app)
     finally:
         setting.run.close()
@@ -129,30 +127,11 @@ def _test_sizes(config: FederationConfig) -> dict[str, int] | None:
     return {name: len(read_examples(path)) for name, path in found.test.items()}
 
 
-class _NoParticipantsError(Exception):
-    """Somebody would have to be asked."""
-
-
-class _Nobody:
-    """A workforce for runs that need none."""
-
-    def hello(self, expected: int, deadline: float) -> Mapping[int, Hello | Failure]:
-        raise _NoParticipantsError
-
-    def perform(
-        self,
-        jobs: Sequence[tuple[int, Job]],
-        deadline: float,
-        on_answer: Callable[[int, Job, JobResult | Failure], None],
-    ) -> None:
-        raise _NoParticipantsError
-
-
 def _trained(setting: Setting) -> bool:
     """Whether the ledger holds all trainings."""
     try:
-        replace(setting, observe=Silent()).federation(_Nobody()).conduct()
-    except _NoParticipantsError:
+        replace(setting, observe=Silent()).federation(Nobody()).train()
+    except NoParticipantsError:
         return False
     return True
 
@@ -161,9 +140,7 @@ def _with_participants(setting: Setting, client_app: ClientApp) -> Results:
     run = setting.run
     planner = Planner(run.config, setting.base)
     pooled, general = planner.needs_pooled_data, planner.needs_general_text
-    workers = worker_count(run.config, len(run.config.tasks.experts) + pooled)
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
-    nodes = write_nodes(run, setting.inputs, pooled=pooled, general=general, threads=threads)
+    nodes, workers = staff(run, setting.inputs, pooled=pooled, general=general)
     results: list[Results] = []
     simulate(run, client_app, nodes, workers, lambda workforce: results.append(conduct(setting, workforce)))
     return results[0]

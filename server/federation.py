@@ -72,14 +72,23 @@ class Federation:
         Raises:
             QuorumError: if a stage ends with too few results.
         """
+        parts = self.train()
+        if diagnose:
+            self.diagnostics = self.combiner.diagnostics(parts)
+        return self.combiner.combine(parts)
+
+    def train(self) -> Parts:
+        """All stages in which participants are asked.
+
+        Raises:
+            QuorumError: if a stage ends with too few results.
+        """
         seed = self.seed()
         experts = self._by_task(self._stage("experts", self.planner.experts(seed, self.tasks)))
         parts = self.references(seed)
         parts = replace(parts, groups={"experts": experts, **parts.groups})
-        parts = self.parts = replace(parts, routers=self.routers(parts))
-        if diagnose:
-            self.diagnostics = self.combiner.diagnostics(parts)
-        return self.combiner.combine(parts)
+        self.parts = replace(parts, routers=self.routers(parts))
+        return self.parts
 
     # -- seed ---------------------------------------------------------------------------------------------------------
 

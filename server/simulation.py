@@ -81,6 +81,17 @@ def worker_count(config: FederationConfig, jobs: int) -> int:
     return max(1, min(devices, jobs))
 
 
+def staff(run: RunDirectory, inputs: Inputs, *, pooled: bool, general: bool) -> tuple[int, int]:
+    """Write the files of all participants, see `write_nodes`, and share the machine among those that work at a time.
+
+    Returns:
+        the number of participants, and how many of them work at a time.
+    """
+    workers = worker_count(run.config, len(run.config.tasks.experts) + pooled)
+    threads = max(1, len(os.sched_getaffinity(0)) // workers)
+    return write_nodes(run, inputs, pooled=pooled, general=general, threads=threads), workers
+
+
 def simulate(
     run: RunDirectory, client_app: ClientApp, nodes: int, workers: int, work: Callable[[Workforce], None]
 ) -> None:

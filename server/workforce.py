@@ -55,6 +55,29 @@ class Workforce(Protocol):
         ...
 
 
+class NoParticipantsError(EnvironmentFailure):
+    """Somebody would have to be asked, and there is nobody."""
+
+
+class Nobody:
+    """A workforce for work that needs none, or to find out whether some is missing.
+
+    Raises:
+        NoParticipantsError: whatever it is asked.
+    """
+
+    def hello(self, expected: int, deadline: float) -> Mapping[int, Hello | Failure]:
+        raise NoParticipantsError("there are no participants", "Continue with --resume.")
+
+    def perform(
+        self,
+        jobs: Sequence[tuple[int, Job]],
+        deadline: float,
+        on_answer: Callable[[int, Job, JobResult | Failure], None],
+    ) -> None:
+        raise NoParticipantsError("there are no participants", "Continue with --resume.")
+
+
 class GridWorkforce:
     """Participants behind a Flower `Grid`: real SuperNodes or simulated ones.
 

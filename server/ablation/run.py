@@ -6,15 +6,13 @@ scores are all the state there is, so a run that was ended in any way continues 
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flwr.clientapp import ClientApp
 
-from seedbed.common.errors import EnvironmentFailure, QuorumError, SeedbedError
-from seedbed.common.jobs import Hello, Job, JobResult
+from seedbed.common.errors import QuorumError, SeedbedError
 from seedbed.common.versions import software_versions
 from seedbed.server.ablation.artifacts import Graph
 from seedbed.server.ablation.cells import FULL
@@ -30,8 +28,8 @@ from seedbed.server.ledger import Entry
 from seedbed.server.measurement import Measurement
 from seedbed.server.observer import Observer, Within
 from seedbed.server.plan import Planner
-from seedbed.server.simulation import simulate, worker_count, write_nodes
-from seedbed.server.workforce import Failure, Workforce
+from seedbed.server.simulation import simulate, staff
+from seedbed.server.workforce import Nobody, Workforce
 
 
 @dataclass
@@ -127,31 +125,14 @@ def _train(study: Study, inputs: Inputs, client_app: ClientApp) -> Trained:
     """With participants where some training is missing, else without."""
     units = study.units()
     planners = [Planner(unit.config(), study.base) for unit in units]
-    if not missing([study.federation(unit.config(), _Nobody()) for unit in units]):
-        return trained_by(study, _Nobody(), 0)
+    if not missing([study.federation(unit.config(), Nobody()) for unit in units]):
+        return trained_by(study, Nobody(), 0)
     run, pooled = study.run, any(planner.needs_pooled_data for planner in planners)
-    workers = worker_count(run.config, len(run.config.tasks.experts) + pooled)
-    threads = max(1, len(os.sched_getaffinity(0)) // workers)
     general = any(planner.needs_general_text for planner in planners)
-    nodes = write_nodes(run, inputs, pooled=pooled, general=general, threads=threads)
+    nodes, workers = staff(run, inputs, pooled=pooled, general=general)
     results: list[Trained] = []
     simulate(run, client_app, nodes, workers, lambda workforce: results.append(trained_by(study, workforce, nodes)))
     return results[0]
-
-
-class _Nobody:
-    """A workforce for runs that need none."""
-
-    def hello(self, expected: int, deadline: float) -> Mapping[int, Hello | Failure]:
-        raise EnvironmentFailure("there are no participants", "Continue with --resume.")
-
-    def perform(
-        self,
-        jobs: Sequence[tuple[int, Job]],
-        deadline: float,
-        on_answer: Callable[[int, Job, JobResult | Failure], None],
-    ) -> None:
-        raise EnvironmentFailure("there are no participants", "Continue with --resume.")
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
