@@ -11,7 +11,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
-from seedbed.common.config import load_config
+from seedbed.common.config_file import load_config
 from seedbed.common.errors import ConfigError
 from seedbed.server.conductor import conduct, open_setting
 from seedbed.server.observer import Lines

@@ -49,7 +49,7 @@ def simulate(
 ) -> None:
     """Run a whole federation on this machine: seed, experts, combination, evaluation, report."""
     from seedbed.client.app import app as client_app
-    from seedbed.common.config import load_config
+    from seedbed.common.config_file import load_config
     from seedbed.server.conductor import describe, run_simulation
 
     overrides = list(set_ or [])

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import yaml
 
-from seedbed.common.config import FederationConfig, dump_config, parse_config
+from seedbed.common.config import FederationConfig
+from seedbed.common.config_file import dump_config, parse_config
 from seedbed.common.errors import ResumeError, StorageError
 from seedbed.common.routing.mixture_file import expert_places
 from seedbed.common.routing.router_file import read_router

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from seedbed.common import errors
-from seedbed.common.config import preset_names
+from seedbed.common.config_file import preset_names
 from seedbed.server.cli import app
 
 ROOT = Path(__file__).resolve().parent.parent

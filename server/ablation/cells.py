@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from seedbed.common.config import ROUTER_KINDS, CandidateSettings, FederationConfig, load_config, parse_config
+from seedbed.common.config import ROUTER_KINDS, CandidateSettings, FederationConfig
+from seedbed.common.config_file import load_config, parse_config
 from seedbed.common.errors import ConfigError, nearest
 from seedbed.server.ablation.parts import (
     CANDIDATE,

@@ -21,7 +21,7 @@ from typing import Any, get_args
 
 import yaml
 
-from seedbed.common.config import preset_names
+from seedbed.common.config_file import preset_names
 from seedbed.common.errors import ConfigError, ResumeError, nearest
 from seedbed.server.ablation.parts import canonical
 from seedbed.server.ablation.values import Metric, Plan, Row

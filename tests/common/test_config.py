@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from seedbed.common.config import dump_config, load_config, parse_config, preset_names
+from seedbed.common.config_file import dump_config, load_config, parse_config, preset_names
 from seedbed.common.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {"tasks": {"experts": ["a"]}}

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from seedbed.common.config import load_config
+from seedbed.common.config_file import load_config
 from seedbed.common.embedded import MODEL_DIR, TASKS, corpus, examples, pretrain, words, write_task
 from seedbed.common.errors import ConfigError, DataError
 from seedbed.common.examples import Example

@@ -159,7 +159,7 @@ def test_a_test_file_without_choices_cannot_be_scored(data: Path) -> None:
 def test_resuming_with_a_changed_config_shows_what_changed(data: Path) -> None:
     run = data.parent / "runs" / "demo"
     run.mkdir(parents=True)
-    from seedbed.common.config import dump_config, load_config
+    from seedbed.common.config_file import dump_config, load_config
 
     overrides = [f"tasks.data={data}", "tasks.experts=[a]", "tasks.held_out=[z]"]
     (run / "config.yaml").write_text(dump_config(load_config("embedded", [*overrides, "training.steps=7"])))

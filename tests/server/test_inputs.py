@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from seedbed.common.config import FederationConfig, parse_config
+from seedbed.common.config import FederationConfig
+from seedbed.common.config_file import parse_config
 from seedbed.common.errors import ConfigError, DataError
 from seedbed.common.jobs import Node
 from seedbed.server.inputs import find_inputs, with_embedded_text, write_embedded

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from seedbed.common.config import parse_config
+from seedbed.common.config_file import parse_config
 from seedbed.common.manifest import BaseIdentity
 from seedbed.server.describe import adapter_bytes, stages
 from seedbed.server.plan import Planner

@@ -15,7 +15,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from seedbed.common.adapter import Adapter, LoraFactors
-from seedbed.common.config import parse_config
+from seedbed.common.config_file import parse_config
 from seedbed.common.errors import QuorumError
 from seedbed.common.jobs import Hello, Job, JobResult
 from seedbed.common.manifest import BaseIdentity, Record

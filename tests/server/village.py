@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from seedbed.common.adapter import Adapter, LoraFactors
-from seedbed.common.config import FederationConfig, parse_config
+from seedbed.common.config import FederationConfig
+from seedbed.common.config_file import parse_config
 from seedbed.common.jobs import Hello, Job, JobResult
 from seedbed.common.manifest import BaseIdentity
 from seedbed.common.routing import Router, RouterSettings

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from seedbed.common.config import load_config, parse_config
+from seedbed.common.config_file import load_config, parse_config
 from seedbed.common.errors import ConfigError, ResumeError
 from seedbed.server.ablation.cells import Variant, base_config, expand, groups
 from seedbed.server.ablation.forecast import forecast
