@@ -26,6 +26,8 @@ from typing import IO, Any, cast
 
 _READY = b"!"
 _POLL_SECONDS = 0.05
+_START_SECONDS = 120.0
+"""The longest that the imports may take; then workers are started anew."""
 
 
 class NurseryProcess:
@@ -76,7 +78,7 @@ class Nursery:
                 start_new_session=True,
             )
         self._socket = own
-        self._changed = threading.Condition()
+        self._starting, self._changed = threading.Lock(), threading.Condition()
         self._codes: dict[int, int] = {}
         self._started: list[int] = []
         self._gone = False
@@ -96,11 +98,11 @@ class Nursery:
         from_stdout, stdout = os.pipe()
         request = json.dumps({"spec": str(spec_file.resolve()), "environment": dict(environment)}).encode()
         try:
-            with self._changed:
+            with self._starting, self._changed:  # one at a time: the next that starts is this one
                 socket.send_fds(self._socket, [request], [stdin, stdout, log.fileno()])
-                while not self._started and not self._gone:
-                    self._changed.wait()
-                if self._gone:
+                ready = self._changed.wait_for(lambda: self._started or self._gone, _START_SECONDS)
+                if not ready or self._gone:
+                    self._gone = True  # one that does not answer is not asked again
                     raise OSError
                 pid = self._started.pop()
         except OSError:

@@ -168,3 +168,17 @@ def test_nothing_outlives_a_client_that_is_killed(spec: Make, tmp_path: Path, nu
     client.wait()
     _, left = psutil.wait_procs(family, timeout=20)
     assert left == []
+
+
+def test_a_nursery_that_does_not_answer_is_not_waited_for(
+    spec: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from seedbed.client import nursery
+
+    monkeypatch.setattr(nursery, "_START_SECONDS", 0.5)
+    kept = Nursery()
+    launch._kept.append(kept)
+    kept._process.send_signal(signal.SIGSTOP)
+    outcome = run(spec(), log=tmp_path / "log", warm=True)
+    assert outcome.directory.is_dir(), "the worker was started anew"
+    kept._process.send_signal(signal.SIGCONT)
