@@ -1,0 +1,5 @@
+"""`python -m seedbed.server.cli` is `seedbed`."""
+
+from seedbed.server.cli import main
+
+main()
