@@ -6,12 +6,12 @@ in the step. So one big batch, many small passes and many ranks give the same re
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from seedbed.client.data import Batch
 from seedbed.client.objective import TERMS, Objective, Pass, Totals, is_same, summed
@@ -43,6 +43,19 @@ class Engine(Protocol):
 
     def result(self) -> Any:
         """What has been trained, as it is now; every rank must call it."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that the next step depends on, on the CPU, for `restore` and `Trainee.load`: whole on the first rank,
+        empty on the others; every rank must call it."""
+        ...
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a `state` of as many ranks; the parameters in it must have been loaded before the engine was made."""
+        ...
+
+    def first_says(self, answer: bool) -> bool:
+        """The first rank's answer, on every rank; every rank must call it."""
         ...
 
     def close(self) -> None:
@@ -83,6 +96,16 @@ class TorchEngine:
 
     def result(self) -> Any:
         return self._trainee.result()
+
+    def state(self) -> dict[str, Tensor]:
+        own = _own_state(self._optimizer, self._parameters, self._device)
+        return {**self._trainee.state(), **_of_rank(0, own)}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        _restore_own(self._optimizer, self._parameters, self._device, tensors, 0)
+
+    def first_says(self, answer: bool) -> bool:
+        return answer
 
     def close(self) -> None:
         pass
@@ -138,6 +161,50 @@ class DeepSpeedEngine:
         # Under ZeRO 3 every rank holds a slice of each parameter.
         with deepspeed.zero.GatheredParameters(self._trainee.parameters):
             return self._trainee.result()
+
+    def state(self) -> dict[str, Tensor]:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(self._trainee.parameters):
+            found = self._trainee.state() if self.rank == 0 else {}
+        own = _own_state(self._inner, self._stepped, self._device)
+        for name, tensor in own.items():
+            for rank, share in enumerate(self._gathered(tensor)):
+                found.update(_of_rank(rank, {name: share}))
+        return found if self.rank == 0 else {}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        _restore_own(self._inner, self._stepped, self._device, tensors, self.rank)
+
+    def first_says(self, answer: bool) -> bool:
+        if self.ranks == 1:
+            return answer
+        told = torch.tensor(int(answer), device=self._device)
+        torch.distributed.broadcast(told, 0)
+        return bool(told)
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        """torch's AdamW inside DeepSpeed's optimizer."""
+        inner: torch.optim.Optimizer = getattr(self._optimizer, "optimizer", self._optimizer)
+        return inner
+
+    @property
+    def _stepped(self) -> Sequence[Tensor]:
+        """The tensors that AdamW steps on this rank, always in one order: under ZeRO its share of all parameters."""
+        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):  # stage 3; stages 1 and 2
+            if hasattr(self._optimizer, name):
+                return list(getattr(self._optimizer, name))
+        return self._trainee.parameters
+
+    def _gathered(self, tensor: Tensor) -> list[Tensor]:
+        """A tensor of every rank, all of one size, on the CPU."""
+        if self.ranks == 1:
+            return [tensor]
+        own = tensor.to(self._device)
+        shares = [torch.empty_like(own) for _ in range(self.ranks)]
+        torch.distributed.all_gather(shares, own)
+        return [share.cpu() for share in shares]
 
     def close(self) -> None:
         self._engine.destroy()
@@ -207,6 +274,51 @@ def start_ranks(device: torch.device) -> None:
         # Its shared-memory collectives take a compiler and over a minute to build; gloo is enough for LoRA's gradients.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
+
+
+def agreed(number: int, device: torch.device) -> bool:
+    """Whether all ranks come with the same number."""
+    start_ranks(device)
+    own = torch.tensor([number, -number], device=device)
+    torch.distributed.all_reduce(own, torch.distributed.ReduceOp.MAX)
+    return bool(own[0] == -own[1])
+
+
+def _own_state(optimizer: torch.optim.Optimizer, stepped: Sequence[Tensor], device: torch.device) -> dict[str, Tensor]:
+    """What only this rank has: the moments of what it steps, and the state of its random numbers (dropout's)."""
+    own = {
+        f"optimizer/{index}/{key}": value.detach().to("cpu", copy=True)
+        for index, tensor in enumerate(stepped)
+        for key, value in optimizer.state.get(tensor, {}).items()
+    }
+    own["random/cpu"] = torch.get_rng_state()
+    if device.type == "cuda":
+        own["random/cuda"] = torch.cuda.get_rng_state(device)
+    return own
+
+
+def _of_rank(rank: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"rank/{rank}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _restore_own(
+    optimizer: torch.optim.Optimizer,
+    stepped: Sequence[Tensor],
+    device: torch.device,
+    tensors: Mapping[str, Tensor],
+    rank: int,
+) -> None:
+    prefix = f"rank/{rank}/"
+    own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    for index, tensor in enumerate(stepped):
+        start = f"optimizer/{index}/"
+        found = {name.removeprefix(start): value for name, value in own.items() if name.startswith(start)}
+        if found:  # the count of steps stays on the CPU, where AdamW keeps it
+            moved = {key: value if key == "step" else value.to(tensor.device) for key, value in found.items()}
+            optimizer.state[tensor] = moved
+    torch.set_rng_state(own["random/cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(own["random/cuda"], device)
 
 
 def _same(model: nn.Module, head: nn.Module | None, device: torch.device, one: Batch, other: Batch) -> bool:

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from seedbed.client.checkpoint import remove_checkpoint
 from seedbed.client.data import digest_of
 from seedbed.client.launch import run
 from seedbed.client.outcome import put_result
@@ -87,11 +88,14 @@ def _result(job: Job, node: Node, deadline: float | None) -> tuple[str, Manifest
 def _train(spec: TrainSpec, work: Path, store: DirectoryStore, deadline: float | None) -> str:
     shutil.rmtree(spec.output, ignore_errors=True)  # of an earlier try that was interrupted before the store had it
     work.mkdir(parents=True, exist_ok=True)
-    with (work / "progress.jsonl").open("w", encoding="utf-8") as progress:
+    # One that goes on from its checkpoint goes on in its record, too.
+    mode = "a" if spec.checkpoint is not None and spec.checkpoint.is_dir() else "w"
+    with (work / "progress.jsonl").open(mode, encoding="utf-8") as progress:
         on_event = _writer(progress.write, progress.flush)
         run(spec, on_event=on_event, deadline=deadline, log=work / "training.log", warm=True)
     digest = put_result(spec.output, store)
     shutil.rmtree(spec.output, ignore_errors=True)
+    remove_checkpoint(work / "checkpoint")
     return digest
 
 

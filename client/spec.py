@@ -34,6 +34,10 @@ class TrainSpec(Record):
     data_seed: int = 0
     threads: int = 0
     """CPU threads of each rank; 0 leaves it to torch."""
+    checkpoint: Path | None = None
+    """Directory of the training's own checkpoint (`client.checkpoint`); none keeps none."""
+    checkpoint_seconds: float = 300.0
+    """Between two checkpoints at least; 0 is after every step."""
 
     kind: JobKind = "expert"
     """What is trained: a LoRA (`seed`, `expert`, `joint`), a `gate`, a `router`, or experts with their router (`molora`)."""
@@ -79,6 +83,8 @@ class TrainSpec(Record):
             init_seed=job.init_seed,
             data_seed=job.data_seed,
             threads=node.threads,
+            checkpoint=output.with_name("checkpoint"),
+            checkpoint_seconds=node.checkpoint_seconds,
             kind=job.kind,
             identity=job.base,
             experts=tuple(experts),
@@ -90,6 +96,11 @@ class TrainSpec(Record):
             recipe=job.recipe,
             settings=job.model_dump(mode="json"),
         )
+
+    def identifying(self) -> dict[str, Any]:
+        """What tells this training from another one, as JSON values: all but where it is done and how fast."""
+        places = {"output", "checkpoint", "checkpoint_seconds", "threads"}
+        return self.model_dump(mode="json", exclude=places)
 
 
 def _source(node: Node, task: str, job: Job) -> DataSource:

@@ -6,7 +6,7 @@ The engines (`client.engine`) and the objective (`client.objective`) know only `
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ from seedbed.common.routing.router_file import read_router
 from seedbed.common.storage import read_adapter
 from seedbed.common.targets import selected_shapes
 
+_PARAMETER = "parameter/"
 _NOT_TUNED = ("routing tuning is set for a job that trains no LoRA", "Leave tuning out of gates and routers.")
 
 
@@ -43,6 +44,23 @@ class Trainee(ABC):
     def parameters(self) -> list[nn.Parameter]:
         """Those that are trained."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies of the trained parameters on the CPU, by name; every one must be whole."""
+        named = self.model.named_parameters()
+        return {
+            f"{_PARAMETER}{name}": parameter.detach().to("cpu", copy=True)
+            for name, parameter in named
+            if parameter.requires_grad
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Set the trained parameters to those of a `state` of the same job."""
+        named = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if name.startswith(_PARAMETER):
+                    named[name.removeprefix(_PARAMETER)].copy_(tensor)
 
     @abstractmethod
     def result(self) -> Any:

@@ -11,8 +11,9 @@ from typing import Any, Literal
 
 import torch
 
+from seedbed.client.checkpoint import Checkpoint, Keeper, Progress, read_checkpoint
 from seedbed.client.data import Batch, Steps, Tokens, collate, pack, split
-from seedbed.client.engine import DeepSpeedEngine, Engine, TorchEngine, sharded_loading
+from seedbed.client.engine import DeepSpeedEngine, Engine, TorchEngine, agreed, sharded_loading
 from seedbed.client.objective import Objective, Pass, Totals
 from seedbed.client.spec import TrainSpec
 from seedbed.client.trainee import make_trainee
@@ -21,6 +22,7 @@ from seedbed.common.adapter import Adapter
 from seedbed.common.config import TrainingSettings
 from seedbed.common.errors import ConfigError, TrainingError
 from seedbed.common.jobs import DataSource
+from seedbed.common.manifest import recipe_hash
 from seedbed.common.routing import Mixture, Router
 
 Report = Callable[[dict[str, Any]], None]
@@ -56,7 +58,9 @@ def train(spec: TrainSpec, report: Report) -> Trained:
     Args:
         report: told ``{"event": "start", …}`` once and ``{"event": "step", "step", "steps", "loss", "lr", "tokens",
             "seconds"}`` every `log_every` steps, with the terms of the objective where there are several; `loss` is the mean
-            over the labels since the last report, `tokens` counts what the model has read.
+            over the labels since the last report, `tokens` counts what the model has read. One that goes on from its
+            checkpoint says ``{"event": "resumed", "step", "steps"}`` after the start; ``{"event": "note", "message"}`` says
+            why a checkpoint could not be used or written.
 
     Raises:
         ConfigError: if the batch cannot be cut for so many ranks, or the targets do not fit the model.
@@ -74,10 +78,18 @@ def train(spec: TrainSpec, report: Report) -> Trained:
     general = None
     if spec.general is not None and spec.tuning is not None:
         general = _steps(spec, (spec.general,), tokenizer, spec.tuning.general_batch)
-    engine = _engine(spec)
+    digests = [given.digest for given in (steps, general) if given is not None]
+    engine, progress, keeper = _start(spec, recipe_hash({"data": digests}), report)
     report({"event": "start", "steps": len(steps), "examples": steps.examples, "ranks": engine.ranks})
+    if progress.step:
+        report({"event": "resumed", "step": progress.step, "steps": len(steps)})
+
+    def after_step(now: Progress, seconds: float) -> None:
+        if spec.checkpoint is not None:
+            _keep(engine, keeper, now, seconds)
+
     try:
-        metrics = _loop(engine, steps, general, training, int(tokenizer.pad_token_id), report)
+        metrics = _loop(engine, steps, general, training, int(tokenizer.pad_token_id), report, progress, after_step)
         value = engine.result()
     finally:
         engine.close()
@@ -96,13 +108,19 @@ def _steps(spec: TrainSpec, sources: Sequence[DataSource], tokenizer: Any, batch
     )
 
 
-def _engine(spec: TrainSpec) -> Engine:
+def _start(spec: TrainSpec, data: str, report: Report) -> tuple[Engine, Progress, Keeper | None]:
+    """The engine, with the parameters and moments of a checkpoint where there is one of this very job."""
     chosen = choose_engine(spec.training)
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if chosen == "deepspeed" else 1
     _require_pieces("training.batch_size", spec.training.batch_size, ranks, spec.training.accumulation)
     if spec.general is not None and spec.tuning is not None:
         _require_pieces("routing_tuning.general_batch", spec.tuning.general_batch, ranks, spec.training.accumulation)
     device = basemodel.device()
+    fingerprint = recipe_hash({**spec.identifying(), "data": data, "engine": chosen, "ranks": ranks})
+    found, keeper = _checkpoint(spec, fingerprint, report)
+    if ranks > 1 and spec.checkpoint is not None and not agreed(found.progress.step if found else 0, device):
+        report({"event": "note", "message": "the ranks read different checkpoints: training starts anew"})
+        found = None
     loading = (
         sharded_loading(spec.training, ranks, device, basemodel.dtype_of(spec.base, device))
         if chosen == "deepspeed"
@@ -110,9 +128,27 @@ def _engine(spec: TrainSpec) -> Engine:
     )
     with loading:
         trainee = make_trainee(spec, device)
+    if found is not None:
+        trainee.load(found.tensors)
     trainee.model.train()  # switches the LoRA's dropout on
     make = DeepSpeedEngine if chosen == "deepspeed" else TorchEngine
-    return make(Objective(trainee, spec.tuning, spec.load_balance), spec.training, device)
+    engine: Engine = make(Objective(trainee, spec.tuning, spec.load_balance), spec.training, device)
+    if found is not None:
+        engine.restore(found.tensors)
+    return engine, found.progress if found is not None else Progress(), keeper
+
+
+def _checkpoint(spec: TrainSpec, fingerprint: str, report: Report) -> tuple[Checkpoint | None, Keeper | None]:
+    """The checkpoint to go on from, and who writes the next ones: on the first rank, unless none are wanted."""
+
+    def note(message: str) -> None:
+        report({"event": "note", "message": message})
+
+    if spec.checkpoint is None:
+        return None, None
+    first = int(os.environ.get("RANK", "0")) == 0
+    keeper = Keeper(spec.checkpoint, fingerprint, spec.checkpoint_seconds, note) if first else None
+    return read_checkpoint(spec.checkpoint, fingerprint, note), keeper
 
 
 def _require_pieces(setting: str, examples: int, ranks: int, accumulation: int) -> None:
@@ -125,13 +161,18 @@ def _require_pieces(setting: str, examples: int, ranks: int, accumulation: int) 
 
 
 def _loop(
-    engine: Engine, steps: Steps, general: Steps | None, training: TrainingSettings, pad: int, report: Report
+    engine: Engine,
+    steps: Steps,
+    general: Steps | None,
+    training: TrainingSettings,
+    pad: int,
+    report: Report,
+    progress: Progress,
+    after_step: Callable[[Progress, float], None],
 ) -> dict[str, float]:
-    started = time.monotonic()
+    started = time.monotonic() - progress.seconds
     lay_out = _layout(engine, _share(engine, steps[0], training), training, pad)
-    window = _Window()
-    read, seen, first = 0, 0, 0.0
-    for step in range(len(steps)):
+    for step in range(progress.step, len(steps)):
         rows, texts = steps[step], general[step] if general is not None else []
         totals = Totals(sum(row.targets for row in rows), sum(text.targets for text in texts))
         # A pass over the task and one over general text in turn, so that memory holds one of them.
@@ -140,33 +181,24 @@ def _loop(
         rate = learning_rate(step, training)
         terms = engine.step([*passes, *silent], totals, rate)
         _require_finite_loss(terms["loss"], step, len(steps))
-        window.add(terms, totals.task)
-        read += sum(len(row.ids) for row in (*rows, *texts))
-        seen += totals.task
-        first = terms["loss"] if step == 0 else first
+        progress = progress.after(terms, totals.task, sum(len(row.ids) for row in (*rows, *texts)))
         if (step + 1) % training.log_every == 0 or step + 1 == len(steps):
-            means = window.take()
-            now = {"step": step + 1, "steps": len(steps), **means, "lr": rate, "tokens": read}
+            progress = progress.reported()
+            now = {"step": step + 1, "steps": len(steps), **progress.means, "lr": rate, "tokens": progress.tokens}
             report({"event": "step", **now, "seconds": time.monotonic() - started})
-    return {**means, "first_loss": first, "steps": float(len(steps)), "tokens": float(read), "labels": float(seen)}
+        after_step(progress, time.monotonic() - started)
+    counts = {"steps": len(steps), "tokens": progress.tokens, "labels": progress.labels}
+    return {**progress.means, "first_loss": progress.first_loss, **{name: float(n) for name, n in counts.items()}}
 
 
-class _Window:
-    """Means of the objective's terms since the last report, weighted by the labels of each step."""
-
-    def __init__(self) -> None:
-        self._seen: list[tuple[dict[str, float], int]] = []
-
-    def add(self, terms: dict[str, float], labels: int) -> None:
-        self._seen.append((terms, labels))
-
-    def take(self) -> dict[str, float]:
-        labels = sum(count for _, count in self._seen)
-        # Of a plain objective the loss says everything.
-        names = [name for name in self._seen[0][0] if name == "loss" or len(self._seen[0][0]) > 2]
-        means = {name: sum(terms[name] * count for terms, count in self._seen) / labels for name in names}
-        self._seen = []
-        return means
+def _keep(engine: Engine, keeper: Keeper | None, progress: Progress, seconds: float) -> None:
+    """Write a checkpoint if the first rank's clock says so; every rank must call it."""
+    if not engine.first_says(keeper is not None and keeper.due()):
+        return
+    began = time.monotonic()
+    tensors = engine.state()
+    if keeper is not None:
+        keeper.keep(began, progress.model_copy(update={"seconds": seconds}), tensors)
 
 
 def _share(engine: Engine, rows: Sequence[Tokens], training: TrainingSettings) -> list[list[Tokens]]:

@@ -3,6 +3,8 @@
 Standard output carries nothing but progress, one JSON object a line:
 
     {"event": "start", "steps", "examples", "ranks"}
+    {"event": "resumed", "step", "steps"}                 it goes on from its checkpoint, after that step
+    {"event": "note", "message"}                          a checkpoint that could not be used or written, and why
     {"event": "step", "step", "steps", "loss", "lr", "tokens", "seconds"}
     {"event": "done", "digest", "metrics"}
     {"event": "error", "type", "message", "hint"}         and an exit code that is not 0

@@ -7,7 +7,7 @@ whatever the size of the model.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -49,6 +49,8 @@ class Node(Record):
     """It holds the data of all tasks, as only a simulation can, and does the jobs that need them."""
     threads: int = 0
     """CPU threads of a training process; 0 leaves it to torch."""
+    checkpoint_seconds: Annotated[float, Field(ge=0)] = 300.0
+    """Seconds between two checkpoints of a training; 0 is one after every step."""
 
 
 class Hello(Record):
