@@ -1,26 +1,39 @@
 """The Flower ClientApp: it unpacks a message, does the job, and packs the answer. Work is done in `client.jobs`.
 
 Jobs: `hello` (who are you), `seed` and `expert` (train), `gate` and `router` (train over frozen experts), `joint` and
-`molora` (train on several tasks; only where one participant holds them all).
+`molora` (train on several tasks; only where one participant holds them all). Whatever else a message asks for, and one that
+cannot be read, is answered with a sentence: the participant lives on.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import yaml
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from seedbed.client.jobs import introduce, perform
-from seedbed.common.errors import ConfigError
-from seedbed.common.jobs import NODES_VARIABLE, Job, JobKind, Node
+from seedbed.common.errors import ConfigError, SeedbedError, nearest
+from seedbed.common.jobs import NODES_VARIABLE, Job, JobKind, JobResult, Node
 from seedbed.common.manifest import Record
 from seedbed.common.wire import RECORD, pack, unpack
 
-app = ClientApp()
+
+class Participant(ClientApp):  # type: ignore[misc]
+    """A ClientApp that answers what it has no function for, where Flower's own raises."""
+
+    def __call__(self, message: Message, context: Context) -> Message:
+        kind = message.metadata.message_type
+        if kind in _KNOWN:
+            return cast(Message, super().__call__(message, context))
+        return _refusal(message, context, f"this participant knows no job '{kind}'", nearest(kind, _KNOWN))
+
+
+_KNOWN = ("query.hello", *(f"train.{kind}" for kind in get_args(JobKind)))
+app = Participant()
 
 
 @app.query("hello")
@@ -29,13 +42,20 @@ def hello(message: Message, context: Context) -> Message:
 
 
 def _work(message: Message, context: Context) -> Message:
-    job = unpack(Job, message.content.config_records.get(RECORD))
+    try:
+        job = unpack(Job, message.content.config_records.get(RECORD))
+    except SeedbedError as error:
+        return _refusal(message, context, error.message, error.hint)
     # Nobody waits for an answer after the message's time to live: a training that takes longer is ended.
     return _reply(message, perform(job, _node(context), deadline=message.metadata.ttl))
 
 
 for _kind in get_args(JobKind):
     app.train(_kind)(_work)
+
+
+def _refusal(message: Message, context: Context, error: str, hint: str) -> Message:
+    return _reply(message, JobResult(node=_node(context).name, name="", recipe="", error=error, hint=hint))
 
 
 def _reply(message: Message, value: Record) -> Message:

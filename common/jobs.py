@@ -13,6 +13,7 @@ from pydantic import Field
 
 from seedbed.common.config import BaseModelConfig, LoraSettings, RoutingTuningSettings, TrainingSettings
 from seedbed.common.manifest import BaseIdentity, Manifest, Record, recipe_hash
+from seedbed.common.registry import RegistryAccess
 from seedbed.common.routing.settings import RouterSettings
 
 JobKind = Literal["seed", "expert", "joint", "gate", "router", "molora"]
@@ -41,7 +42,7 @@ class Node(Record):
     name: str
     base: BaseModelConfig
     store: Path
-    """Root of the adapter store (a directory)."""
+    """Root of its adapter store (a directory), which with a registry holds copies of what it fetched and trained."""
     work: Path
     """Scratch directory of this participant, for running jobs and their logs."""
     data: tuple[DataSource, ...] = ()
@@ -51,6 +52,10 @@ class Node(Record):
     """CPU threads of a training process; 0 leaves it to torch."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 300.0
     """Seconds between two checkpoints of a training; 0 is one after every step."""
+    registry: RegistryAccess | None = None
+    """Of the federation; none where the participants share the coordinator's directory, as in a simulation."""
+    gpus: tuple[str, ...] | None = None
+    """Indices or UUIDs of the GPUs that it may use; none is all that it sees."""
 
 
 class Hello(Record):
