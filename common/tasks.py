@@ -10,13 +10,14 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from seedbed.common.batteries import BATTERIES
 from seedbed.common.config import TaskSettings
 from seedbed.common.datafiles import read_examples
 from seedbed.common.errors import ConfigError, DataError
@@ -34,10 +35,17 @@ class EvalTask:
     """A task to measure candidates on; one value serves any number of candidates."""
 
     name: str
-    task: Any
-    """An lm-eval `Task`."""
+    parts: Mapping[str, Any]
+    """lm-eval `Task`s by name: one, or those of a group that counts as one task."""
     held_in: bool = False
     """Whether some expert was trained on this task's training data."""
+    metric: str = ""
+    """The metric that counts; none leaves it to what the task has."""
+
+    @property
+    def task(self) -> Any:
+        """The lm-eval `Task`; of a group the first."""
+        return next(iter(self.parts.values()))
 
 
 def task_from_jsonl(name: str, test_file: Path, prompt: str = DEFAULT_PROMPT, *, held_in: bool = False) -> EvalTask:
@@ -74,7 +82,7 @@ def task_from_examples(
         for example in examples
     ]
     with quiet_lm_eval():
-        return EvalTask(name, ConfigurableTask(config=_lm_eval_config(name, documents)), held_in)
+        return EvalTask(name, {name: ConfigurableTask(config=_lm_eval_config(name, documents))}, held_in)
 
 
 def _lm_eval_config(name: str, documents: list[dict[str, Any]]) -> dict[str, Any]:
@@ -117,22 +125,43 @@ def resolve_tasks(specs: Sequence[str], prompt: str = DEFAULT_PROMPT) -> list[Ev
     """Find tasks by what a user calls them.
 
     Args:
-        specs: each the path of a file of questions (named by its stem, without `.test`), an embedded task, or the
-            name of an lm-eval task, group or tag.
+        specs: each the path of a file of questions (named by its stem, without `.test`), a directory of such files (all
+            NAME.test.jsonl, .parquet or .csv in it), an embedded task, the name of an lm-eval task, group or tag, or
+            of a battery (`zero-shot-16`).
         prompt: template of the files' questions.
 
     Raises:
         DataError: if a file or a hub's data set cannot be read.
         ConfigError: if a name is unknown or names two tasks.
     """
-    tasks: list[EvalTask] = []
-    for spec in specs:
-        tasks += [_from_file(spec, prompt)] if _is_file(spec) else _from_name(spec, prompt)
+    index = _Index()
+    tasks = [task for spec in specs for task in _find(spec, prompt, index)]
     names = [task.name for task in tasks]
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"two tasks are named '{name}'", "Name each task once; rename one of the files.")
     return tasks
+
+
+def _find(spec: str, prompt: str, index: _Index) -> list[EvalTask]:
+    from seedbed.common.embedded import TASKS, examples
+
+    if Path(spec).expanduser().is_dir():
+        return [_from_file(str(path), prompt) for path in _tests_in(Path(spec).expanduser())]
+    if _is_file(spec):
+        return [_from_file(spec, prompt)]
+    if spec in TASKS:
+        return [task_from_examples(spec, examples(spec, "test", _EMBEDDED_EXAMPLES, 0), prompt)]
+    if spec in BATTERIES:
+        return [EvalTask(name, index.load(name), metric=metric) for name, metric in BATTERIES[spec].items()]
+    return [EvalTask(name, {name: task}) for name, task in index.load(spec, [*TASKS, *BATTERIES]).items()]
+
+
+def _tests_in(directory: Path) -> list[Path]:
+    found = sorted(path for path in directory.iterdir() if path.stem.endswith(".test") and path.suffix in _FILES)
+    if not found:
+        raise DataError(f"{directory} holds no task", "A task is a file NAME.test.jsonl (or .parquet, .csv).")
+    return found
 
 
 def _is_file(spec: str) -> bool:
@@ -144,33 +173,39 @@ def _from_file(spec: str, prompt: str) -> EvalTask:
     return task_from_jsonl(path.stem.removesuffix(".test"), path, prompt)
 
 
-def _from_name(spec: str, prompt: str) -> list[EvalTask]:
-    from seedbed.common.embedded import TASKS, examples
+class _Index:
+    """lm-eval's tasks by name; they are indexed once, when the first is asked for."""
 
-    if spec in TASKS:
-        return [task_from_examples(spec, examples(spec, "test", _EMBEDDED_EXAMPLES, 0), prompt)]
-    return _from_lm_eval(spec, list(TASKS))
+    def __init__(self) -> None:
+        self._manager: Any = None
 
+    def load(self, name: str, also: Sequence[str] = ()) -> dict[str, Any]:
+        """The tasks of a name, several for a group or tag.
 
-def _from_lm_eval(spec: str, also: list[str]) -> list[EvalTask]:
-    from lm_eval.tasks import TaskManager
+        Args:
+            also: further names, for the hint where there is none of this name.
+        """
+        with quiet_lm_eval():
+            if self._manager is None:
+                from lm_eval.tasks import TaskManager
 
-    with quiet_lm_eval():
-        manager = TaskManager()
-        if spec not in manager.all_tasks:
-            close = difflib.get_close_matches(spec, [*manager.all_tasks, *also], n=1)
-            hint = f"Did you mean '{close[0]}'?" if close else "Give the path of a .jsonl file, or a name of lm-eval."
-            raise ConfigError(f"there is no task and no file named '{spec}'", hint)
-        try:
-            found = manager.load([spec])["tasks"]
-        except Exception as error:  # data set scripts and the hub's client raise anything
-            raise DataError(
-                f"the data of lm-eval task '{spec}' cannot be loaded ({type(error).__name__}: {_first_line(error)})",
-                "lm-eval's own tasks need a hub, or its cache; a .jsonl file of questions needs neither.",
-            ) from None
-    for task in found.values():
-        task.set_fewshot_seed(_FEWSHOT_SEED)
-    return [EvalTask(name, task) for name, task in found.items()]
+                self._manager = TaskManager()
+            if name not in self._manager.all_tasks:
+                close = difflib.get_close_matches(name, [*self._manager.all_tasks, *also], n=1)
+                hint = (
+                    f"Did you mean '{close[0]}'?" if close else "Give the path of a .jsonl file, or a name of lm-eval."
+                )
+                raise ConfigError(f"there is no task and no file named '{name}'", hint)
+            try:
+                found: dict[str, Any] = self._manager.load([name])["tasks"]
+            except Exception as error:  # data set scripts and the hub's client raise anything
+                raise DataError(
+                    f"the data of lm-eval task '{name}' cannot be loaded ({type(error).__name__}: {_first_line(error)})",
+                    "lm-eval's own tasks need a hub, or its cache; a .jsonl file of questions needs neither.",
+                ) from None
+        for task in found.values():
+            task.set_fewshot_seed(_FEWSHOT_SEED)
+        return found
 
 
 def _first_line(error: Exception) -> str:

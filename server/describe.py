@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from rich.console import Group
 from rich.table import Table
 
+from seedbed.common.batteries import expand
 from seedbed.common.config import FederationConfig
 from seedbed.common.jobs import Job
 from seedbed.common.manifest import BaseIdentity
@@ -145,7 +146,7 @@ def _stage(name: str, jobs: list[Job], size: Sizes | None) -> StagePlan:
 
 def _evaluation(config: FederationConfig, tests: Mapping[str, int] | None) -> Table:
     tasks = (*config.tasks.experts, *config.tasks.held_out)
-    measured = len(tasks) + len(config.evaluation.extra)
+    measured = len(tasks) + len(expand(config.evaluation.extra))
     limit = config.evaluation.limit
     items = (
         None

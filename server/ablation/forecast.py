@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seedbed.common import basemodel
+from seedbed.common.batteries import expand as expand_batteries
 from seedbed.common.config import FederationConfig
 from seedbed.common.errors import ModelError
 from seedbed.common.jobs import Job
@@ -177,7 +178,7 @@ def score_keys(group: Group, seed: int, base: BaseIdentity, known: Graph) -> Ite
     config = configured(group.config, seed)
     graph = Graph(known.trained, known.combined)
     parts = walk(config, base, graph)
-    tasks = (*config.tasks.experts, *config.tasks.held_out, *config.evaluation.extra)
+    tasks = (*config.tasks.experts, *config.tasks.held_out, *expand_batteries(config.evaluation.extra))
     for variant in group.variants:
         yield from (
             score_key(digest, base, task, config)

@@ -72,16 +72,20 @@ def evaluate(
     try:
         with quiet_lm_eval():
             found = lm_eval_evaluate(
-                lm=lm, task_dict={"tasks": {task.name: task.task for task in tasks}}, limit=limit, bootstrap_iters=0
+                lm=lm,
+                task_dict={"tasks": {name: part for task in tasks for name, part in task.parts.items()}},
+                limit=limit,
+                bootstrap_iters=0,
             )
     finally:
         lm.progress = before
-    return [_result(task, found["samples"][task.name]) for task in tasks]
+    return [_result(task, [found["samples"][name] for name in task.parts]) for task in tasks]
 
 
-def _result(task: EvalTask, samples: list[dict[str, Any]]) -> TaskResult:
-    samples = [sample for sample in samples if sample["filter"] == samples[0]["filter"]]
-    metric = _metric(task.name, samples[0])
+def _result(task: EvalTask, parts: Sequence[list[dict[str, Any]]]) -> TaskResult:
+    """One score; of a group over all its examples, so that a part weighs as much as it has examples."""
+    samples = [sample for part in parts for sample in part if sample["filter"] == part[0]["filter"]]
+    metric = _metric(task, samples[0])
     outcomes = tuple(float(sample[metric]) for sample in samples)
     normalized = [float(sample["acc_norm"]) for sample in samples if "acc_norm" in sample]
     return TaskResult(
@@ -97,12 +101,14 @@ def _result(task: EvalTask, samples: list[dict[str, Any]]) -> TaskResult:
     )
 
 
-def _metric(name: str, sample: dict[str, Any]) -> str:
+def _metric(task: EvalTask, sample: dict[str, Any]) -> str:
     numeric = [metric for metric in sample["metrics"] if isinstance(sample[metric], int | float)]
-    for metric in (*_PREFERRED, *numeric):
+    for metric in (task.metric, *_PREFERRED, *numeric):
         if metric in numeric:
             return str(metric)
-    raise DataError(f"task '{name}' has no metric of single examples", "Choose a task with accuracy or exact match.")
+    raise DataError(
+        f"task '{task.name}' has no metric of single examples", "Choose a task with accuracy or exact match."
+    )
 
 
 def _chance(task: Any, samples: list[dict[str, Any]]) -> float | None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from seedbed.common.batteries import BATTERIES, expand
 from seedbed.common.errors import ConfigError, DataError
 from seedbed.common.examples import Example
-from seedbed.common.tasks import resolve_tasks, task_from_examples, task_from_jsonl
+from seedbed.common.tasks import quiet_lm_eval, resolve_tasks, task_from_examples, task_from_jsonl
 
 
 def write(path: Path, *records: dict[str, Any]) -> Path:
@@ -66,6 +67,15 @@ def test_an_embedded_task_is_found_by_name() -> None:
     (found,) = resolve_tasks(["addition"])
     assert found.name == "addition"
     assert len(found.task.task_docs) == 200
+
+
+def test_a_directory_stands_for_all_tests_in_it(tmp_path: Path) -> None:
+    for name in ("sums.test.jsonl", "sums.train.jsonl", "capitals.test.jsonl", "notes.txt"):
+        write(tmp_path / name, QUESTION)
+    assert [task.name for task in resolve_tasks([str(tmp_path)])] == ["capitals", "sums"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no task"):
+        resolve_tasks([str(tmp_path / "empty")])
 
 
 def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
@@ -126,3 +136,27 @@ def test_an_unknown_name_is_answered_with_the_nearest(monkeypatch: pytest.Monkey
     assert "'addition'" in refused.value.hint
     with pytest.raises(DataError, match="lm-eval task 'piqa' cannot be loaded"):
         resolve_tasks(["piqa"])
+
+
+def test_every_task_of_the_battery_is_one_of_lm_eval_that_has_its_metric() -> None:
+    from lm_eval.tasks import TaskManager
+
+    with quiet_lm_eval():
+        manager = TaskManager()
+    battery = BATTERIES["zero-shot-16"]
+    assert len(battery) == 16
+    assert set(battery) <= set(manager.all_tasks)
+    assert expand(("zero-shot-16", "mine")) == (*battery, "mine")
+
+
+def test_the_battery_asks_the_hub_for_its_first_task_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval.tasks
+
+    class Few(lm_eval.tasks.TaskManager):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(include_defaults=False)
+            self._all_tasks = list(BATTERIES["zero-shot-16"])
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Few)
+    with pytest.raises(DataError, match="lm-eval task 'arc_easy' cannot be loaded"):
+        resolve_tasks(["zero-shot-16"])

@@ -18,7 +18,7 @@ from seedbed.common.examples import Example
 from seedbed.common.manifest import BaseIdentity
 from seedbed.common.scoring import SeedbedLM
 from seedbed.common.storage import write_adapter
-from seedbed.common.tasks import task_from_examples
+from seedbed.common.tasks import EvalTask, task_from_examples
 from seedbed.server.evaluation.suite import evaluate, evaluate_model, results_table, write_json
 
 
@@ -134,3 +134,21 @@ def test_a_task_named_twice_is_refused_before_anything_is_loaded(tmp_path: Path)
     path = write(tmp_path / "sums.test.jsonl", questions([0]))
     with pytest.raises(ConfigError, match="named 'sums'"):
         evaluate_model("embedded", None, [str(path), str(path)])
+
+
+def test_a_group_counts_as_one_task_over_all_its_examples(lm: SeedbedLM) -> None:
+    large, small = task_from_examples("large", questions([0, 1, 0])), task_from_examples("small", questions([1]))
+    apart = evaluate(lm, [large, small])
+    (together,) = evaluate(lm, [EvalTask("both", {**large.parts, **small.parts})])
+    assert (together.task, together.n) == ("both", 4)
+    assert together.outcomes == apart[0].outcomes + apart[1].outcomes
+    assert together.value == (3 * apart[0].value + apart[1].value) / 4
+
+
+def test_a_task_may_name_the_metric_that_counts(lm: SeedbedLM) -> None:
+    examples = [Example("Say", ("a", "a very much longer answer than that", "no"), n % 3) for n in range(6)]
+    task = task_from_examples("t", examples)
+    (plain,) = evaluate(lm, [task])
+    (normalized,) = evaluate(lm, [EvalTask("t", task.parts, metric="acc_norm")])
+    assert (plain.metric, normalized.metric) == ("acc", "acc_norm")
+    assert normalized.value == plain.acc_norm
