@@ -4,14 +4,13 @@ Run as ``python -m seedbed.client.join.supernode OPTIONS…``, the options being
 SuperNode that has lost what it needs can stay, doing nothing: when its connection is refused for good its main thread
 returns while a server thread keeps the process; when its heartbeat thread has died it goes on without one; when its
 executor has died it takes messages that nobody will answer. Here each of these ends the process, so that whoever watches it
-starts it again. And when standard input closes (whoever started it is gone, even by kill -9) the whole process group ends.
+starts it again (`supervise`).
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -29,7 +28,6 @@ LOST = 75
 
 def main(arguments: list[str]) -> None:
     """Run `flower-supernode` with these arguments; never returns."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     threading.Thread(target=_end_with_executor, daemon=True).start()
     threading.excepthook = _end_with_thread
     sys.argv = ["flower-supernode", *arguments]
@@ -50,12 +48,6 @@ def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # not sys.exit, which waits for threads that never end
-
-
-def _end_with_parent() -> None:
-    while os.read(0, 4096):
-        pass
-    os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def _end_with_executor() -> None:
