@@ -1,10 +1,13 @@
 """The Flower ServerApp of a deployed federation; a simulation builds its own around the same stages.
 
-The run configuration of Flower names the run directory: `flwr run … --run-config 'seedbed-run="DIR"'`.
+The run configuration of Flower names the run directory: `flwr run … --run-config 'seedbed-run="DIR"'`. What happens is
+written to the run's ``events.jsonl``, since nobody sees this process: whoever started the run follows that file.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 from flwr.app import Context
@@ -12,25 +15,53 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from seedbed.common.config_file import load_config
-from seedbed.common.errors import ConfigError
+from seedbed.common.errors import ConfigError, SeedbedError
+from seedbed.common.events import EventLog
+from seedbed.common.files import atomic_write
+from seedbed.common.manifest import Record
 from seedbed.server.conductor import conduct, open_setting
-from seedbed.server.observer import Lines
+from seedbed.server.observer import Lines, Recorder
 from seedbed.server.workforce import GridWorkforce
 
 app = ServerApp()
+
+PRESENCE = Path("superlink") / "serverapp.json"
+"""In the run directory: which process the ServerApp is."""
+
+
+class Presence(Record):
+    """Who writes this is at work, or has been."""
+
+    pid: int
+    submission: int
+    """Which submission of the run it works for, as whoever submitted it counts."""
+    time: float
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     directory = context.run_config.get("seedbed-run")
-    if not isinstance(directory, str):
+    if not isinstance(directory, str) or not directory:
         raise ConfigError(
             "the run configuration names no run directory", "Pass --run-config 'seedbed-run=\"DIR\"' to flwr run."
         )
     root = Path(directory)
-    config = load_config(str(root / "config.yaml"))
-    setting = open_setting(config, root, Lines(Console(stderr=True)), resume=True)
+    submission = int(context.run_config.get("seedbed-submission", 0))
+    here = Presence(pid=os.getpid(), submission=submission, time=time.time())
+    atomic_write(root / PRESENCE, here.model_dump_json().encode())
+    _serve(root, grid, str(context.run_config.get("seedbed-command", "")))
+
+
+def _serve(root: Path, grid: Grid, command: str) -> None:
+    recorder = Recorder(EventLog(root / "events.jsonl"), also=Lines(Console(stderr=True, width=200)))
     try:
-        conduct(setting, GridWorkforce(grid))
-    finally:
-        setting.run.close()
+        config = load_config(str(root / "config.yaml"))
+        setting = open_setting(config, root, recorder, resume=True, command=command, training=False)
+        try:
+            conduct(setting, GridWorkforce(grid))
+        finally:
+            setting.run.close()
+    except SeedbedError as error:
+        recorder.failed(error)
+        raise
+    recorder.finished()

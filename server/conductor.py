@@ -95,16 +95,27 @@ def run_simulation(
 
 
 def open_setting(
-    config: FederationConfig, root: Path, observe: Observer, *, resume: bool, command: str = ""
+    config: FederationConfig,
+    root: Path,
+    observe: Observer,
+    *,
+    resume: bool,
+    command: str = "",
+    training: bool = True,
 ) -> Setting:
-    """Check everything that can be checked before anything is written, then open the run directory."""
+    """Check everything that can be checked before anything is written, then open the run directory.
+
+    Args:
+        training: whether training data lie on this machine; those of a real federation are with its participants.
+    """
     resolve(config)
     directory = basemodel.resolve(config.base)
     shapes = target_shapes(directory, config.lora)
-    found = find_inputs(config)
+    found = find_inputs(config, training=training)
     base = basemodel.identify(directory, config.base.model)
     run = RunDirectory.open(root, config, found.hashes if found else {}, resume=resume)
-    inputs = with_embedded_text(found or write_embedded(config, run.root / "data"), config, run.root / "data")
+    data = run.root / "data"
+    inputs = with_embedded_text(found or write_embedded(config, data, training=training), config, data)
     return Setting(run, inputs, base, shapes, observe, command)
 
 

@@ -45,8 +45,11 @@ class Inputs:
     general: General | None = None
 
 
-def find_inputs(config: FederationConfig) -> Inputs | None:
+def find_inputs(config: FederationConfig, *, training: bool = True) -> Inputs | None:
     """Locate and read every data file before anything is written, so that bad data stops a run before it starts.
+
+    Args:
+        training: whether training data lie here, too; those of a real federation are with its participants.
 
     Returns:
         None for the embedded tasks, which are generated into the run directory.
@@ -67,15 +70,16 @@ def find_inputs(config: FederationConfig) -> Inputs | None:
         if untrainable:
             trainable = ", ".join(sorted(name for name, task in TASKS.items() if task.held_in))
             raise ConfigError(f"embedded task '{untrainable[0]}' has no training data", f"Choose among: {trainable}.")
-        for location in _public(config).values():
-            read_examples(location)
-        _general(config)
+        if training:
+            for location in _public(config).values():
+                read_examples(location)
+        _general(config, training)
         return None
     if not tasks.data.is_dir():
         raise DataError(
             f"there is no data directory {tasks.data}", "Pass --data DIR with NAME.train.jsonl and NAME.test.jsonl."
         )
-    train = {name: _locate(tasks.data, name, "train") for name in tasks.experts} | _public(config)
+    train = {name: _locate(tasks.data, name, "train") for name in tasks.experts} | _public(config) if training else {}
     test = {name: _locate(tasks.data, name, "test") for name in (*tasks.experts, *tasks.held_out)}
     for name, location in test.items():
         if any(len(example.choices) < 2 for example in read_examples(location)):
@@ -83,7 +87,7 @@ def find_inputs(config: FederationConfig) -> Inputs | None:
                 f"{location} has examples without choices: task '{name}' cannot be scored",
                 "Give test files the shape prompt/choices/label.",
             )
-    general = _general(config)
+    general = _general(config, training)
     hashes = {}
     for location in (*train.values(), *test.values(), *([general.location] if general else [])):
         read_examples(location)
@@ -91,14 +95,15 @@ def find_inputs(config: FederationConfig) -> Inputs | None:
     return Inputs(train, test, hashes, general)
 
 
-def write_embedded(config: FederationConfig, directory: Path) -> Inputs:
-    """Generate the embedded tasks into a directory; the same files every time."""
+def write_embedded(config: FederationConfig, directory: Path, *, training: bool = True) -> Inputs:
+    """Generate the embedded tasks into a directory; the same files every time. See `find_inputs` for `training`."""
     names = (*config.tasks.experts, *config.tasks.held_out)
     for name in names:
         if not (directory / f"{name}.test.jsonl").exists():
             write_task(name, directory, EMBEDDED_TRAIN, EMBEDDED_TEST, seed=0)
-    train = {name: str(directory / f"{name}.train.jsonl") for name in config.tasks.experts} | _public(config)
-    general = _general(config) or _embedded_general(config, directory)
+    train = {name: str(directory / f"{name}.train.jsonl") for name in config.tasks.experts} if training else {}
+    train |= _public(config) if training else {}
+    general = _general(config, training) or _embedded_general(config, directory)
     return Inputs(train, {name: str(directory / f"{name}.test.jsonl") for name in names}, {}, general)
 
 
@@ -112,13 +117,13 @@ def _public(config: FederationConfig) -> dict[str, str]:
     return found
 
 
-def _general(config: FederationConfig) -> General | None:
+def _general(config: FederationConfig, training: bool) -> General | None:
     """The general text that is named, or that lies beside the tasks."""
     tasks = config.tasks
     beside = tasks.data / "general_text.jsonl" if tasks.data is not None else None
     if tasks.general is None and (beside is None or not beside.is_file()):
         missing = "tuned" in groups(resolve(config)) and config.routing_tuning.needs_general_text
-        if missing and config.base.model != "embedded":
+        if missing and training and config.base.model != "embedded":
             raise DataError(
                 "routing tuning needs general text, and there is none",
                 'Set tasks.general to a file with one {"text": …} a line.',

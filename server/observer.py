@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on: a protocol, silence, plain lines, and progress bars."""
+"""What is seen of a run while it goes on: a protocol, silence, plain lines, progress bars, and a record for other processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from seedbed.common.errors import SeedbedError, StorageError
+from seedbed.common.events import Event, EventLog
 
 
 class Observer(Protocol):
@@ -25,6 +28,10 @@ class Observer(Protocol):
         """Something that a person should read."""
         ...
 
+    def tell(self, event: Event) -> None:
+        """Something of a node or a job, for those who watch closely."""
+        ...
+
 
 class Silent:
     """For `--quiet` and for tests."""
@@ -34,6 +41,8 @@ class Silent:
     def advance(self, what: str = "") -> None: ...
 
     def note(self, text: str) -> None: ...
+
+    def tell(self, event: Event) -> None: ...
 
 
 class Within:
@@ -59,6 +68,9 @@ class Within:
     def note(self, text: str) -> None:
         self.observe.note(text)
 
+    def tell(self, event: Event) -> None:
+        self.observe.tell(event)
+
 
 class Lines:
     """For logs: one line when a stage begins and ends, and every note."""
@@ -77,7 +89,9 @@ class Lines:
         self.console.print(f"{self.name}: {self.done}/{self.total} {what}".rstrip(), highlight=False)
 
     def note(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        self.console.print(text, markup=False, highlight=False)
+
+    def tell(self, event: Event) -> None: ...
 
 
 class Bars:
@@ -117,4 +131,62 @@ class Bars:
                 self.progress.update(self.current, advance=1, what=what)
 
     def note(self, text: str) -> None:
-        self.progress.console.print(text, highlight=False)
+        self.progress.console.print(text, markup=False, highlight=False)
+
+    def tell(self, event: Event) -> None: ...
+
+
+class Recorder:
+    """For other processes: everything becomes an event of the run's ``events.jsonl``.
+
+    Args:
+        log: of the run.
+        also: another observer who is told the same.
+    """
+
+    def __init__(self, log: EventLog, also: Observer | None = None) -> None:
+        self.log = log
+        self.also = also or Silent()
+
+    def stage(self, name: str, total: int) -> None:
+        self.also.stage(name, total)
+        self._append(Event(kind="stage", name=name, detail={"total": total}))
+
+    def advance(self, what: str = "") -> None:
+        self.also.advance(what)
+        self._append(Event(kind="advance", name=what))
+
+    def note(self, text: str) -> None:
+        self.also.note(text)
+        self._append(Event(kind="note", detail={"text": text}))
+
+    def tell(self, event: Event) -> None:
+        self.also.tell(event)
+        self._append(event)
+
+    def finished(self) -> None:
+        """The run has come to its report."""
+        self._append(Event(kind="finished"))
+
+    def failed(self, error: SeedbedError) -> None:
+        """The run has stopped, and why, so that whoever follows it can say so and end with the same exit code."""
+        detail = {"reason": error.message, "hint": error.hint, "exit_code": error.exit_code}
+        self._append(Event(kind="failed", name=type(error).__name__, detail=detail))
+
+    def _append(self, event: Event) -> None:
+        try:
+            self.log.append(event)
+        except StorageError as error:  # what is watched must not stop what is done
+            self.also.note(error.message)
+
+
+def replay(event: Event, observe: Observer) -> None:
+    """Tell an observer in this process what a `Recorder` in another one was told."""
+    if event.kind == "stage":
+        observe.stage(event.name, int(event.detail.get("total", 0)))
+    elif event.kind == "advance":
+        observe.advance(event.name)
+    elif event.kind == "note":
+        observe.note(str(event.detail.get("text", "")))
+    else:
+        observe.tell(event)

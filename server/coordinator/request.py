@@ -1,0 +1,78 @@
+"""What the user of `seedbed coordinator` asks for."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from seedbed.common.errors import ConfigError
+from seedbed.common.registry import DEFAULT_PORT as REGISTRY_PORT
+
+GATEWAY_PORT = 7400
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinatorRequest:
+    """One `seedbed coordinator` command.
+
+    Args:
+        source: preset or file of the federation.
+        overrides: ``key.path=value`` settings on top.
+        out: run directory; ``runs/NAME`` where none is given.
+        resume: continue what is there.
+        host: address that gateway and registry listen on.
+        advertise: name or address under which participants reach this machine; the host unless given.
+        port: of the gateway, the only address that participants need; 0 is a free one.
+        registry_port: of the registry; 0 is a free one.
+        keys: directory of `seedbed keys`; with it everything beyond this machine is TLS with certificates on both sides.
+        insecure: listen beyond loopback without keys.
+        quiet: print results only.
+        linger: seconds to go on serving the registry when the federation has ended; `math.inf` until interrupted.
+        command: what the user typed, for the report.
+    """
+
+    source: str
+    overrides: tuple[str, ...] = ()
+    out: Path | None = None
+    resume: bool = False
+    host: str = "127.0.0.1"
+    advertise: str = ""
+    port: int = GATEWAY_PORT
+    registry_port: int = REGISTRY_PORT
+    keys: Path | None = None
+    insecure: bool = False
+    quiet: bool = False
+    linger: float = 0.0
+    command: str = ""
+    patience: float = field(default=60.0)
+    """Seconds that a process may take to start."""
+
+    def require_safe(self) -> None:
+        """Refuse to listen beyond this machine without keys, unless that is said.
+
+        Raises:
+            ConfigError: saying how to do it.
+        """
+        if self.keys is not None and not (self.keys / "ca.crt").is_file():
+            raise ConfigError(
+                f"{self.keys} is no keys directory: it has no ca.crt", f"Make one: seedbed keys create {self.keys}"
+            )
+        if self.keys is None and not self.insecure and not is_loopback(self.host):
+            raise ConfigError(
+                f"without keys nothing listens beyond this machine, and {self.host} is beyond it",
+                "Make keys (seedbed keys create DIR) and pass --keys DIR, or say --insecure in a network that you trust.",
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address reaches no further than this machine."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def host_port(host: str, port: int) -> str:
+    """``host:port``, an IPv6 address in brackets."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"

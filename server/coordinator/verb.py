@@ -1,0 +1,236 @@
+"""`seedbed coordinator`, in order: check, start everything, hand out the join line, follow the run, sum up, end everything."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from seedbed.common import errors
+from seedbed.common.config import FederationConfig
+from seedbed.common.config_file import load_config
+from seedbed.common.errors import ConfigError, ResumeError, SeedbedError
+from seedbed.common.events import EventLog
+from seedbed.common.files import storing
+from seedbed.common.processes import RotatingLog, free_port
+from seedbed.server.candidates import resolve
+from seedbed.server.conductor import open_setting
+from seedbed.server.coordinator.bundle import write_bundle
+from seedbed.server.coordinator.control import SuperLinkControl
+from seedbed.server.coordinator.members import Members
+from seedbed.server.coordinator.request import GATEWAY_PORT, CoordinatorRequest, host_port
+from seedbed.server.coordinator.services import Layout, Service
+from seedbed.server.coordinator.supervision import Outcome, Submission, Supervisor
+from seedbed.server.evaluation import results as records
+from seedbed.server.evaluation.results import Results
+from seedbed.server.observer import Observer, Silent, replay
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.exit_code = 128 + number
+
+
+def run_coordinator(request: CoordinatorRequest, console: Console, observe: Observer | None = None) -> Results:
+    """Serve one federation until it has ended; everything that was started has ended then, too.
+
+    Args:
+        console: for the join line and other words to the user; progress goes to `observe`.
+
+    Raises:
+        SeedbedError: whatever stops the run, as it was raised in the ServerApp.
+        EnvironmentFailure: if one of the processes cannot be kept running.
+        Interrupted: by Ctrl-C or SIGTERM.
+    """
+    request.require_safe()
+    config = load_config(request.source, request.overrides)
+    require_deployable(config)
+    root = (request.out or Path("runs") / config.name).resolve()
+    observe = observe or Silent()
+    with _alone(root), _interruptible():
+        _prepare(request, config, root)
+        supervisor = _supervisor(request, root, console, observe)
+        try:
+            supervisor.start(request.patience)
+            _hand_out(request, supervisor, console)
+            outcome = supervisor.run()
+            _sum_up(outcome)
+            _linger(supervisor, request.linger, console)
+        except Interrupted:
+            console.print("\nInterrupted. Nothing accepted is lost: continue with --resume.", highlight=False)
+            raise
+        finally:
+            with _deaf():
+                supervisor.stop()
+    return records.load(root)
+
+
+def require_deployable(config: FederationConfig) -> None:
+    """Refuse what only a simulation can do.
+
+    Raises:
+        ConfigError: naming the candidates that need the data of all tasks in one place.
+    """
+    pooled = [
+        candidate.name
+        for candidate in resolve(config)
+        if candidate.role == "joint" or (candidate.routing is not None and candidate.routing.kind == "molora")
+    ]
+    if pooled:
+        rest = [name for name in config.combine.names if name not in pooled]
+        raise ConfigError(
+            f"candidate '{pooled[0]}' needs the data of all tasks in one place, which only a simulation has",
+            f"Leave it out of combine.candidates: {', '.join(rest)}.",
+        )
+
+
+def _prepare(request: CoordinatorRequest, config: FederationConfig, root: Path) -> None:
+    """Every check that a run makes, and its directory; the ServerApp opens it again."""
+    setting = open_setting(config, root, Silent(), resume=request.resume, command=request.command, training=False)
+    setting.run.close()
+
+
+def _supervisor(request: CoordinatorRequest, root: Path, console: Console, observe: Observer) -> Supervisor:
+    keys = request.keys.resolve() if request.keys is not None else None
+    layout = Layout(root, request.host, free_port(), keys, request.insecure)
+    layout.directory.mkdir(exist_ok=True)
+    log = RotatingLog(root / "logs" / "coordinator.log")
+    environment = layout.environment()
+    control = SuperLinkControl(layout.superlink, layout.ca)
+    superlink = Service(
+        "superlink", layout.superlink_command, layout.superlink_port, log, environment, ready=control.ready
+    )
+    registry = Service("registry", layout.registry_command, request.registry_port or free_port(), log, environment)
+    gateway = Service(
+        "gateway", lambda port: layout.gateway_command(port, registry.port), request.port, log, environment
+    )
+    events = EventLog(root / "events.jsonl")
+    offset = events.path.stat().st_size if events.path.exists() else 0
+    settings = {"seedbed-run": str(root), "seedbed-command": request.command}
+    submission = Submission(root, control, superlink, write_bundle(layout.directory), settings, log)
+
+    def say(text: str) -> None:
+        log.write("coordinator", text)
+        observe.note(text)
+
+    members = _members(control, keys, say)
+    return Supervisor(
+        [superlink, registry, gateway], submission, events, offset, lambda event: replay(event, observe), members
+    )
+
+
+def _members(control: SuperLinkControl, keys: Path | None, say: Callable[[str], None]) -> Callable[[], None]:
+    """Follows the keys directory, where there is one."""
+    if keys is None:
+        return lambda: None
+    from seedbed.server.keys import node_keys
+
+    return Members(control, lambda: node_keys(keys), say).synchronize
+
+
+def _hand_out(request: CoordinatorRequest, supervisor: Supervisor, console: Console) -> None:
+    """The line that participants run."""
+    gateway = supervisor.services[-1]
+    port = gateway.port
+    host = request.advertise or ("127.0.0.1" if request.host in ("", "0.0.0.0", "::") else request.host)
+    where = host if port == GATEWAY_PORT else host_port(host, port)
+    line = f"seedbed join {where} --task FILE" + (" --keys FOLDER" if request.keys is not None else "")
+    console.print(f"Participants join with:  {line}", markup=False, highlight=False, soft_wrap=True)
+    if request.keys is not None:
+        console.print(
+            f"Hand each one its FOLDER, {request.keys}/participants/NAME.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _sum_up(outcome: Outcome) -> None:
+    """A run that failed ends the coordinator with the same error."""
+    if not outcome.finished:
+        raise outcome_error(outcome)
+
+
+def outcome_error(outcome: Outcome) -> SeedbedError:
+    """The error of the ServerApp, as far as its exit code tells which it was."""
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, SeedbedError)]
+    kind = next((kind for kind in kinds if kind.exit_code == outcome.exit_code), SeedbedError)
+    return kind(outcome.reason, outcome.hint)
+
+
+def _linger(supervisor: Supervisor, seconds: float, console: Console) -> None:
+    """Go on serving, so that collaborators can fetch the result, until the time is over or the user has enough."""
+    if seconds <= 0:
+        return
+    until = time.monotonic() + seconds
+    console.print("The federation has ended; its registry goes on serving. Ctrl-C ends it.", highlight=False)
+    try:
+        while time.monotonic() < until:
+            supervisor.tick()
+            time.sleep(0.2)
+    except Interrupted:
+        return
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """One coordinator for a run directory. (The ServerApp holds the run's own lock while it works.)
+
+    Raises:
+        ResumeError: if another one is at work there.
+    """
+    place = root.parent / f".{root.name}.coordinator.lock"
+    with storing("write", place):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ResumeError(f"another coordinator is at work in {root}", "Wait until it ends, or end it.") from None
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM become an exception, so that everything is ended in order."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Ending takes a few seconds; a second Ctrl-C must not leave something running."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
