@@ -68,14 +68,16 @@ const curve = (figure, job) => {
     (index ? 'L' : 'M') + x(point[0]).toFixed(1) + ' ' + y(point[1]).toFixed(1)).join(''));
   const last = points[points.length - 1];
   dot.setAttribute('cx', x(last[0])); dot.setAttribute('cy', y(last[1]));
-  say(top, 'loss ' + number(high, 3)); say(bottom, number(low, 3)); say(right, 'step ' + last[0] + (job.steps ? '/' + job.steps : ''));
+  say(top, 'loss ' + number(high, 3)); say(bottom, number(low, 3));
+  say(right, 'step ' + last[0] + (job.steps ? '/' + job.steps : ''));
   say(figure.querySelector('figcaption'), job.name + ' · ' + (job.node || 'nobody') +
     (job.state === 'running' && job.tokens_per_second ? ' · ' + number(job.tokens_per_second, 0) + ' tokens/s' : ''));
 };
 let figures = 0;
 const frame = parent => {
   const figure = make('figure', parent), name = 'curve-' + (figures += 1);
-  const svg = draw('svg', {'class': 'plot', viewBox: '0 0 ' + WIDTH + ' ' + HEIGHT, role: 'img', 'aria-labelledby': name}, figure);
+  const svg = draw('svg', {'class': 'plot', viewBox: '0 0 ' + WIDTH + ' ' + HEIGHT,
+    role: 'img', 'aria-labelledby': name}, figure);
   draw('title', {id: name}, svg);
   draw('path', {'class': 'axis', d: 'M' + LEFT + ' ' + (HEIGHT - BOTTOM) + 'H' + (WIDTH - RIGHT)}, svg);
   draw('path', {'class': 'line'}, svg);
@@ -109,7 +111,8 @@ const show = status => {
   const over = status.state === 'finished' || status.state === 'failed';
   say(byId('answer'), over ? 'The federation has ' + status.state + '.' :
     status.state === 'waiting' ? 'The federation waits for participants.' :
-    stage.name ? 'Stage ' + stage.name + ': ' + done + '. Left in this stage: ' + duration(status.eta) + '.' : 'The federation runs.');
+    stage.name ? 'Stage ' + stage.name + ': ' + done + '. Left in this stage: ' + duration(status.eta) + '.' :
+    'The federation runs.');
   byId('bar').hidden = over || !stage.total;
   byId('bar').max = stage.total || 1;
   byId('bar').value = Math.min(stage.done, stage.total);
@@ -120,22 +123,28 @@ const show = status => {
   const handed = status.contributions.filter(one => !one.withdrawn).length;
   Object.entries({participants: here + ' of ' + status.nodes.length, training: counts.running, waiting: counts.open,
     done: counts.done + status.dropped, unused: counts.quarantined, received: size(status.received), sent: size(status.sent),
-    arrived: status.arrived, contributed: handed, running: status.began ? duration((over ? status.time : status.now) - status.began) : ''
+    arrived: status.arrived, contributed: handed,
+    running: status.began ? duration((over ? status.time : status.now) - status.began) : ''
   }).forEach(([id, value]) => say(byId(id), String(value)));
   const drawn = status.jobs.filter(job => job.curve.length > 0);
   curves('now', drawn.filter(job => job.state === 'running'));
   curves('before', drawn.filter(job => job.state !== 'running').sort((a, b) => b.ended - a.ended).slice(0, 12));
   byId('none').hidden = drawn.length > 0;
-  table('nodes', status.nodes.map(node => [node.name, [node.name, node.state === 'here' ? (node.job ? 'trains' : 'idle') : node.state,
+  table('nodes', status.nodes.map(node => [node.name, [
+    node.name, node.state === 'here' ? (node.job ? 'trains' : 'idle') : node.state,
     node.job || node.reason, String(node.done), node.tasks.join(', '), node.devices.join(', '), ago(status, node.seen)],
     node.state]));
-  table('jobs', [...status.jobs].sort((a, b) => order[a.state] - order[b.state] || b.ended - a.ended).slice(0, 200).map(job => [job.name,
+  const jobs = [...status.jobs].sort((a, b) => order[a.state] - order[b.state] || b.ended - a.ended).slice(0, 200);
+  table('jobs', jobs.map(job => [job.name,
     [job.name, job.state, job.node, job.steps ? job.step + '/' + job.steps : '', number(job.loss, 3),
     number(job.tokens_per_second, 0), job.seconds ? duration(job.seconds) : '', String(job.attempts), job.reason], job.state]));
-  table('arrivals', status.arrivals.slice(-50).reverse().map(one => [one.name + ' ' + one.digest, [one.name, one.node, short(one.digest),
+  table('arrivals', status.arrivals.slice(-50).reverse().map(one => [one.name + ' ' + one.digest, [
+    one.name, one.node, short(one.digest),
     one.size ? size(one.size) : '', number(one.norm, 2), number(one.cosine, 2), ago(status, one.time)]]));
-  table('contributions', [...status.contributions].reverse().map(one => [one.digest, [one.name || one.task, one.task, one.participant,
-    short(one.digest), one.withdrawn ? 'withdrawn' : 'in use', ago(status, one.time)], one.withdrawn ? 'gone' : '']));
+  table('contributions', [...status.contributions].reverse().map(one => [one.digest, [
+    one.name || one.task, one.task, one.participant,
+    short(one.digest), one.withdrawn ? 'withdrawn' : 'in use', ago(status, one.time)],
+    one.withdrawn ? 'gone' : '']));
   table('notes', [...status.notes].reverse().map(note => [note.time + note.text, [note.text, ago(status, note.time)]]));
 };
 
