@@ -48,8 +48,11 @@ def temporary_beside(path: Path) -> Path:
     return path.parent / f"{TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:12]}"
 
 
-def atomic_write(path: Path, data: bytes) -> None:
+def atomic_write(path: Path, data: bytes, *, private: bool = False) -> None:
     """Write `data` to `path`, replacing what was there, all or nothing. Missing parent directories are made.
+
+    Args:
+        private: for the owner's eyes only (mode 0600) from the first byte on, whatever the umask.
 
     Raises:
         StorageError: if the file system refuses.
@@ -58,7 +61,7 @@ def atomic_write(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = temporary_beside(path)
         try:
-            _write(aside, data)
+            _write(aside, data, private)
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
@@ -90,14 +93,14 @@ def new_directory(path: Path) -> Iterator[Path]:
         sync_directory(path.parent)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write and flush a file inside a `new_directory`, where no rename is needed.
+def write_file(path: Path, data: bytes, *, private: bool = False) -> None:
+    """Write and flush a file inside a `new_directory`, where no rename is needed; `private` as in `atomic_write`.
 
     Raises:
         StorageError: if the file system refuses.
     """
     with storing("write", path):
-        _write(path, data)
+        _write(path, data, private)
 
 
 def sync_directory(path: Path) -> None:
@@ -114,8 +117,9 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
+def _write(path: Path, data: bytes, private: bool) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600 if private else 0o666)
+    with os.fdopen(handle, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
