@@ -1,0 +1,214 @@
+"""One adapter on its way out of a registry or into one: in chunks, hashed as they come, continued where they broke off."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from seedbed.common.adapter_file import CONFIG, MANIFEST, TENSORS, AdapterFile
+from seedbed.common.errors import AdapterError, AdapterFormatError, AdapterMismatchError
+from seedbed.common.files import storing, sync_directory, write_file
+from seedbed.common.manifest import Manifest
+from seedbed.common.routing.router_file import ROUTER_CONFIG, ROUTER_TENSORS, read_router
+from seedbed.common.storage import read_manifest
+from seedbed.proto.v1 import registry_pb2 as pb
+
+CHUNK = 1 << 20
+"""Bytes of tensors in one message."""
+OnBytes = Callable[[int, int], None]
+"""Told of progress: bytes of the tensors that are there, and of all of them."""
+_AGAIN = "Fetch it again; if that fails again, tell whoever runs the federation."
+
+
+def file_names(manifest: Manifest) -> tuple[str, str]:
+    """What the tensors and the configuration of an adapter, or of a router or gate, are called."""
+    return (ROUTER_TENSORS, ROUTER_CONFIG) if manifest.kind in ("router", "gate") else (TENSORS, CONFIG)
+
+
+class Download:
+    """An adapter that is being fetched, in a directory beside the one that it becomes."""
+
+    def __init__(self, digest: str, directory: Path, handle: int, part: Path) -> None:
+        self._digest = digest
+        self._directory = directory
+        self._handle = handle
+        self._part = part
+        self._hash = hashlib.sha256()
+        self._manifest: Manifest | None = None
+        self._config = b""
+        self.received = 0
+        self.size = 0
+        self.resumed = self._rehash()
+        """Bytes that an earlier process has left."""
+
+    @property
+    def manifest(self) -> Manifest:
+        assert self._manifest is not None
+        return self._manifest
+
+    def begin(self, header: pb.Header) -> None:
+        """Take the header, which must be what the digest names.
+
+        Raises:
+            AdapterError: if it is not.
+        """
+        try:
+            manifest = Manifest.model_validate_json(header.manifest)
+        except ValueError:
+            raise AdapterFormatError(f"adapter {self._digest} has a manifest that cannot be read", _AGAIN) from None
+        _same("adapter", self._digest, manifest.digest)
+        _same("configuration", manifest.config_sha256, hashlib.sha256(header.config).hexdigest())
+        self._manifest, self._config, self.size = manifest, header.config, header.size
+        if self.received > self.size:
+            self.restart()
+
+    def write(self, data: bytes) -> None:
+        """Add bytes of the tensors.
+
+        Raises:
+            AdapterMismatchError: if there are more than were announced.
+        """
+        if self.received + len(data) > self.size:
+            raise AdapterMismatchError(f"adapter {self._digest}: expected {self.size:,} bytes, got more", _AGAIN)
+        with storing("write", self._part):
+            done = 0
+            while done < len(data):
+                done += os.pwrite(self._handle, memoryview(data)[done:], self.received + done)
+        self._hash.update(data)
+        self.received += len(data)
+
+    def restart(self) -> None:
+        """Forget all bytes."""
+        os.ftruncate(self._handle, 0)
+        self._hash, self.received, self.resumed = hashlib.sha256(), 0, 0
+
+    def is_whole(self) -> bool:
+        """Whether the bytes are those that the manifest vouches for."""
+        return self.received == self.size and self._hash.hexdigest() == self.manifest.tensors_sha256
+
+    def finish(self) -> Manifest:
+        """Check the adapter and give it its place.
+
+        Raises:
+            AdapterError: if it is damaged or malformed.
+        """
+        tensors, config = file_names(self.manifest)
+        _same("tensors", self.manifest.tensors_sha256, self._hash.hexdigest())
+        with storing("write", self._directory):
+            os.fsync(self._handle)
+            os.rename(self._part / "tensors", self._part / tensors)
+            write_file(self._part / config, self._config)
+            write_file(self._part / MANIFEST, self.manifest.canonical())
+            try:
+                if self.manifest.kind in ("router", "gate"):
+                    read_router(self._part)
+                else:
+                    AdapterFile(self._part, verify_later=True)
+            except AdapterError:
+                shutil.rmtree(self._part, ignore_errors=True)
+                raise
+            sync_directory(self._part)
+            if not self._directory.is_dir():
+                os.rename(self._part, self._directory)
+            sync_directory(self._directory.parent)
+        return self.manifest
+
+    def discard(self) -> None:
+        shutil.rmtree(self._part, ignore_errors=True)
+
+    def _rehash(self) -> int:
+        buffer = memoryview(bytearray(CHUNK))
+        while count := os.preadv(self._handle, [buffer], self.received):
+            self._hash.update(buffer[:count])
+            self.received += count
+        return self.received
+
+
+@contextmanager
+def downloading(digest: str, directory: Path) -> Iterator[Download | None]:
+    """A download that no other process makes at the same time; None if another has just finished it.
+
+    What is not finished stays in ``.part-<digest>`` beside the directory, to be continued.
+
+    Raises:
+        StorageError: if the file system refuses.
+    """
+    part = directory.parent / f".part-{digest}"
+    handle = _locked(part, directory)
+    if handle is None:
+        yield None
+        return
+    try:
+        yield Download(digest, directory, handle, part)
+    finally:
+        os.close(handle)
+
+
+def _locked(part: Path, directory: Path) -> int | None:
+    while not directory.is_dir():
+        with storing("write", part):
+            part.mkdir(parents=True, exist_ok=True)
+            try:
+                handle = os.open(part / "tensors", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:  # renamed by whoever finished it
+                continue
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is_there(handle, part / "tensors"):
+                return handle
+            os.close(handle)
+    return None
+
+
+def _is_there(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """An adapter on this disk that is handed in."""
+
+    directory: Path
+    manifest: Manifest
+    config: bytes
+    tensors: Path
+    size: int
+
+    @classmethod
+    def of(cls, directory: Path) -> Outgoing:
+        """Of a PEFT directory (or a router's); one without a manifest gets that of an adapter from outside.
+
+        Raises:
+            AdapterError: if it is malformed.
+            StorageError: if it cannot be read.
+        """
+        has_manifest = (directory / MANIFEST).is_file()
+        manifest = read_manifest(directory) if has_manifest else AdapterFile(directory).manifest
+        tensors, config = file_names(manifest)
+        with storing("read", directory):
+            size = (directory / tensors).stat().st_size
+            return cls(directory, manifest, (directory / config).read_bytes(), directory / tensors, size)
+
+    def requests(self, offset: int, on_chunk: Callable[[int], None]) -> Iterator[pb.SubmitRequest]:
+        """The messages of one upload from an offset on."""
+        header = pb.Header(manifest=self.manifest.canonical(), config=self.config, size=self.size)
+        yield pb.SubmitRequest(begin=pb.SubmitRequest.Begin(digest=self.manifest.digest, header=header, offset=offset))
+        with self.tensors.open("rb", buffering=0) as file:
+            file.seek(offset)
+            while data := file.read(CHUNK):
+                yield pb.SubmitRequest(tensors=data)
+                offset += len(data)
+                on_chunk(offset)
+
+
+def _same(what: str, expected: str, got: str) -> None:
+    if expected != got:
+        raise AdapterMismatchError(f"expected {what} of SHA-256 {expected}, got {got}", _AGAIN)
