@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import os
 import struct
@@ -198,13 +199,48 @@ def load(config: BaseModelConfig, device: torch.device | str | None = None) -> t
     directory = resolve(config)
     target = torch.device(device) if device is not None else globals()["device"]()
     tokenizer = load_tokenizer(directory)
+    options = {"dtype": dtype_of(config, target), **_quantized(config, target)}
     try:
         model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype_of(config, target), local_files_only=True, use_safetensors=True
+            directory, local_files_only=True, use_safetensors=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unloadable(directory, error) from error
-    return model.to(target).eval().requires_grad_(False), tokenizer
+    if config.quantization == "none":
+        model = model.to(target)  # what is quantized was loaded where it belongs
+    else:
+        _keep_layout(model)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _quantized(config: BaseModelConfig, target: torch.device) -> dict[str, Any]:
+    """What transformers must be told so that it quantizes the weights as it loads them."""
+    if config.quantization == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError(
+            f"quantization {config.quantization} of the base model needs bitsandbytes, which is not installed",
+            "Run `pip install 'seedbed[qlora]'`, or leave base.quantization out.",
+        )
+    from transformers import BitsAndBytesConfig
+
+    # The paper's setting: NormalFloat of 4 bits, whose scales are quantized once more; the head stays as it is.
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=config.quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype_of(config, target),
+    )
+    return {"quantization_config": settings, "device_map": {"": target}}
+
+
+def _keep_layout(model: nn.Module) -> None:
+    """On some CPUs bitsandbytes repacks a layer's weights in place when it first runs without gradients, for a kernel that
+    fits only widths of whole blocks and from which no training goes on. Ours must do both in turn."""
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -30,6 +30,9 @@ class BaseModelConfig(Section):
     """Commit or tag, for a model of the hub."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen weights; `auto` is bfloat16 on a GPU and float32 on a CPU. Adapters train in float32."""
+    quantization: Literal["none", "nf4"] = "none"
+    """Of the frozen linear layers in memory: `nf4` holds them in 4 bits and computes in `dtype`, so that a model four times
+    as large fits (Dettmers et al., *QLoRA*, NeurIPS 2023). Needs the extra `qlora`."""
 
 
 class LoraSettings(Section):
@@ -304,7 +307,7 @@ class EvaluationSettings(Section):
     drift: bool = True
     """Measure every candidate on general text, too, where there is some: divergence from the base model and perplexity."""
     extra: tuple[str, ...] = ()
-    """Further lm-eval tasks by name, scored as held out; they need a hub."""
+    """Further lm-eval tasks by name, or the battery `zero-shot-16`, scored as held out; they need a hub."""
 
 
 class StageSettings(Section):
@@ -345,6 +348,8 @@ class FederationConfig(Section):
     def _whole(self) -> FederationConfig:
         if not self.tasks.experts:
             raise ValueError("tasks.experts is empty: a federation needs at least one expert task")
+        if self.base.quantization != "none" and self.training.deepspeed.zero_stage == 3:
+            raise ValueError("base.quantization needs zero_stage 0, 1 or 2: weights in 4 bits are not cut into slices")
         if self.seed.mode == "none" and "seed" in self.combine.names:
             raise ValueError("candidate 'seed' needs a seed, but seed.mode is 'none'")
         strangers = sorted(set(self.seed.tasks or ()) - set(self.tasks.experts))
