@@ -26,7 +26,7 @@ from seedbed.server.monitor.state import (
 )
 
 _Value = TypeVar("_Value")
-_INCOMING = ("in", "upload", "submit", "received")
+_INCOMING = ("in", "submitted")
 
 
 def fold(status: Status, event: Event) -> Status:
@@ -138,11 +138,13 @@ def _contributed(status: Status, event: Event) -> Status:
 
 
 def _transfer(status: Status, event: Event) -> Status:
-    """`bytes`; `direction`: in or out, seen from the coordinator."""
-    count = int(number(event.detail, "bytes") or 0)
-    if str(event.detail.get("direction", "")) in _INCOMING:
-        return replace(status, received=status.received + count)
-    return replace(status, sent=status.sent + count)
+    """`bytes`, `digest`; what was submitted (or has `direction` in) came in, all else went out."""
+    count, digest = int(number(event.detail, "bytes") or 0), text(event.detail.get("digest"))
+    if event.name not in _INCOMING and str(event.detail.get("direction", "")) not in _INCOMING:
+        return replace(status, sent=status.sent + count)
+    # An upload that was interrupted comes in parts.
+    uploads = {**status.uploads, digest: status.uploads.get(digest, 0) + count}
+    return replace(status, received=status.received + count, uploads=_bounded(uploads, CONTRIBUTIONS))
 
 
 def _finished(status: Status, event: Event) -> Status:

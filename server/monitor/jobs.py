@@ -74,7 +74,7 @@ def accepted_event(status: Status, event: Event) -> Status:
         digest=digest,
         ended=event.time,
     )
-    size = int(number(event.detail, "bytes", "size") or 0)
+    size = int(number(event.detail, "bytes", "size") or status.uploads.get(digest, 0))
     norm, cosine = number(event.detail, "norm"), number(event.detail, "cosine", negative=True)
     arrival = Arrival(event.time, job.node, job.name, digest, size, norm, cosine)
     status = replace(status, arrivals=(*status.arrivals, arrival)[-ARRIVALS:], arrived=status.arrived + 1)

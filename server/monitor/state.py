@@ -174,6 +174,8 @@ class Status:
     received: int = 0
     """Bytes of adapters that came in, as far as it was told."""
     sent: int = 0
+    uploads: Mapping[str, int] = field(default_factory=dict)
+    """Bytes that came in, by digest, of the newest adapters."""
     notes: tuple[Note, ...] = ()
     unknown: int = 0
     """Events of kinds that this version does not know."""
