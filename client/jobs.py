@@ -19,6 +19,7 @@ from seedbed.client.data import digest_of
 from seedbed.client.exclusive import exclusive
 from seedbed.client.launch import run
 from seedbed.client.outcome import manifest_of, put_result
+from seedbed.client.privacy import sealed
 from seedbed.client.progress import note_job, recording
 from seedbed.client.spec import TrainSpec
 from seedbed.common import basemodel
@@ -107,6 +108,7 @@ def _made(job: Job, node: Node, store: AdapterStore, deadline: float | None) -> 
     # The recipe is the coordinator's and knows no data: the same job on changed data is another training.
     sources = (*spec.data, *([spec.general] if spec.general is not None else []))
     data = recipe_hash({source.task: digest_of(source) for source in sources})
+    data = sealed(data, node.work) if node.privacy is not None else data
     held = store.find(job.recipe)
     if held is not None:
         manifest = read_manifest(store.open(held))

@@ -41,6 +41,7 @@ def write_result(spec: TrainSpec, trained: Trained) -> str:
         StorageError: if the output is already there or the file system refuses.
     """
     value = trained.value
+    spec = spec.model_copy(update={"settings": {**spec.settings, **trained.settings}})
     if isinstance(value, Mixture):
         spec.output.mkdir(parents=True)
         experts = tuple(

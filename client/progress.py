@@ -27,6 +27,7 @@ from seedbed.common.registry import RegistryAccess
 
 JOB_FILE, PROGRESS_FILE = "job.json", "progress.jsonl"
 _TOLD = ("step", "steps", "loss", "lr", "tokens", "seconds")
+_FROM_DATA = ("loss", "tokens")
 _EVERY_SECONDS = 1.0
 _FAREWELL_SECONDS = 3.0
 
@@ -73,7 +74,9 @@ def recording(work: Path, job: Job, node: Node, *, go_on: bool = False) -> Itera
             file.write(json.dumps(event) + "\n")
             file.flush()
             if reporter is not None and event.get("event") == "step":
-                reporter.tell(event)
+                # Of a private training nothing leaves that is computed from the data.
+                hidden = _FROM_DATA if node.privacy is not None else ()
+                reporter.tell({key: value for key, value in event.items() if key not in hidden})
 
         try:
             yield on_event

@@ -12,6 +12,7 @@ from seedbed.common.config import BaseModelConfig, LoraSettings, RoutingTuningSe
 from seedbed.common.errors import DataError
 from seedbed.common.jobs import GENERAL, DataSource, Job, JobKind, Node
 from seedbed.common.manifest import BaseIdentity, Record
+from seedbed.common.privacy import PrivacySettings
 from seedbed.common.routing import RouterSettings
 
 
@@ -38,6 +39,11 @@ class TrainSpec(Record):
     """Directory of the training's own checkpoint (`client.checkpoint`); none keeps none."""
     checkpoint_seconds: float = 300.0
     """Between two checkpoints at least; 0 is after every step."""
+
+    privacy: PrivacySettings | None = None
+    """How the participant protects what leaves it; none does not."""
+    privacy_ledger: Path | None = None
+    """File in which the participant counts its private releases."""
 
     kind: JobKind = "expert"
     """What is trained: a LoRA (`seed`, `expert`, `joint`), a `gate`, a `router`, or experts with their router (`molora`)."""
@@ -85,6 +91,8 @@ class TrainSpec(Record):
             threads=node.threads,
             checkpoint=output.with_name("checkpoint"),
             checkpoint_seconds=node.checkpoint_seconds,
+            privacy=node.privacy,
+            privacy_ledger=node.work / "privacy.jsonl",
             kind=job.kind,
             identity=job.base,
             experts=tuple(experts),
@@ -98,8 +106,9 @@ class TrainSpec(Record):
         )
 
     def identifying(self) -> dict[str, Any]:
-        """What tells this training from another one, as JSON values: all but where it is done and how fast."""
-        places = {"output", "checkpoint", "checkpoint_seconds", "threads"}
+        """What tells this training from another one, as JSON values: all but where it is done, how fast, and what becomes
+        of its result."""
+        places = {"output", "checkpoint", "checkpoint_seconds", "threads", "privacy", "privacy_ledger"}
         return self.model_dump(mode="json", exclude=places)
 
 

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -34,6 +34,10 @@ class Trained:
 
     value: Adapter | Router | Mixture
     metrics: dict[str, float]
+    start: Adapter | Router | Mixture | None = None
+    """What it was trained from, where the participant's privacy asks for the difference."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """What the manifest says beside the job."""
 
 
 def choose_engine(training: TrainingSettings) -> Literal["torch", "deepspeed"]:
@@ -79,7 +83,7 @@ def train(spec: TrainSpec, report: Report) -> Trained:
     if spec.general is not None and spec.tuning is not None:
         general = _steps(spec, (spec.general,), tokenizer, spec.tuning.general_batch)
     digests = [given.digest for given in (steps, general) if given is not None]
-    engine, progress, keeper = _start(spec, recipe_hash({"data": digests}), report)
+    engine, progress, keeper, start = _start(spec, recipe_hash({"data": digests}), report)
     report({"event": "start", "steps": len(steps), "examples": steps.examples, "ranks": engine.ranks})
     if progress.step:
         report({"event": "resumed", "step": progress.step, "steps": len(steps)})
@@ -94,7 +98,7 @@ def train(spec: TrainSpec, report: Report) -> Trained:
     finally:
         engine.close()
     _require_finite(value)
-    return Trained(value, {**metrics, "examples": float(steps.examples)})
+    return Trained(value, {**metrics, "examples": float(steps.examples)}, start)
 
 
 def _steps(spec: TrainSpec, sources: Sequence[DataSource], tokenizer: Any, batch_size: int) -> Steps:
@@ -108,8 +112,9 @@ def _steps(spec: TrainSpec, sources: Sequence[DataSource], tokenizer: Any, batch
     )
 
 
-def _start(spec: TrainSpec, data: str, report: Report) -> tuple[Engine, Progress, Keeper | None]:
-    """The engine, with the parameters and moments of a checkpoint where there is one of this very job."""
+def _start(spec: TrainSpec, data: str, report: Report) -> tuple[Engine, Progress, Keeper | None, Any]:
+    """The engine, with the parameters and moments of a checkpoint where there is one of this very job; how far that is, who
+    keeps the next ones, and for a private job what is trained as it was before the first step."""
     chosen = choose_engine(spec.training)
     ranks = int(os.environ.get("WORLD_SIZE", "1")) if chosen == "deepspeed" else 1
     _require_pieces("training.batch_size", spec.training.batch_size, ranks, spec.training.accumulation)
@@ -128,6 +133,7 @@ def _start(spec: TrainSpec, data: str, report: Report) -> tuple[Engine, Progress
     )
     with loading:
         trainee = make_trainee(spec, device)
+    start = trainee.result() if spec.privacy is not None else None
     if found is not None:
         trainee.load(found.tensors)
     trainee.model.train()  # switches the LoRA's dropout on
@@ -135,7 +141,7 @@ def _start(spec: TrainSpec, data: str, report: Report) -> tuple[Engine, Progress
     engine: Engine = make(Objective(trainee, spec.tuning, spec.load_balance), spec.training, device)
     if found is not None:
         engine.restore(found.tensors)
-    return engine, found.progress if found is not None else Progress(), keeper
+    return engine, found.progress if found is not None else Progress(), keeper, start
 
 
 def _checkpoint(spec: TrainSpec, fingerprint: str, report: Report) -> tuple[Checkpoint | None, Keeper | None]:

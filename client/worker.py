@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
 
 def _work(spec_file: Path, emit: Callable[[dict[str, Any]], None]) -> None:
     from seedbed.client.outcome import write_result
+    from seedbed.client.privacy import not_an_adapter, release
     from seedbed.client.spec import TrainSpec
     from seedbed.client.training import train
 
@@ -64,10 +65,17 @@ def _work(spec_file: Path, emit: Callable[[dict[str, Any]], None]) -> None:
     spec = TrainSpec.model_validate_json(spec_file.read_text(encoding="utf-8"))
     if spec.output.exists():  # said now rather than after hours of training
         raise StorageError(f"{spec.output} is already there", "Choose another output directory.")
+    if spec.privacy is not None and spec.kind in ("gate", "router", "molora"):
+        raise not_an_adapter()
     trained = train(spec, emit if main_rank else _ignore)
     if not main_rank:
         return
-    digest = write_result(spec, trained)
+    released, clipped = release(spec, trained)
+    if spec.privacy is not None:
+        emit(
+            {"event": "note", "message": f"the update was {'' if clipped else 'not '}clipped to {spec.privacy.clip:g}"}
+        )
+    digest = write_result(spec, released)
     emit({"event": "done", "digest": digest, "metrics": trained.metrics})
 
 

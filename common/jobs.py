@@ -13,6 +13,7 @@ from pydantic import Field
 
 from seedbed.common.config import BaseModelConfig, LoraSettings, RoutingTuningSettings, TrainingSettings
 from seedbed.common.manifest import BaseIdentity, Manifest, Record, recipe_hash
+from seedbed.common.privacy import PrivacySettings
 from seedbed.common.registry import RegistryAccess
 from seedbed.common.routing.settings import RouterSettings
 
@@ -52,6 +53,8 @@ class Node(Record):
     """CPU threads of a training process; 0 leaves it to torch."""
     checkpoint_seconds: Annotated[float, Field(ge=0)] = 300.0
     """Seconds between two checkpoints of a training; 0 is one after every step."""
+    privacy: PrivacySettings | None = None
+    """How this participant protects its updates; its own choice, told in their manifests. None does not."""
     registry: RegistryAccess | None = None
     """Of the federation; none where the participants share the coordinator's directory, as in a simulation."""
     gpus: tuple[str, ...] | None = None
