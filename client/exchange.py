@@ -16,7 +16,8 @@ from seedbed.client.handin import prepare, require_shapes
 from seedbed.client.registry import RegistryClient
 from seedbed.client.registry_store import RegistryStore
 from seedbed.common.adapter_file import AdapterFile
-from seedbed.common.basemodel import cache_dir
+from seedbed.common.basemodel import cache_dir, smollm2_directory
+from seedbed.common.embedded import MODEL_DIR
 from seedbed.common.errors import ConfigError, StorageError, nearest
 from seedbed.common.files import new_directory
 from seedbed.common.manifest import Manifest
@@ -169,7 +170,8 @@ def _tell_fetched(console: Console, out: Path, manifest: Manifest, info: Federat
     if manifest.kind == "router":
         _say(console, "A mixture of experts: measure it with `seedbed evaluate`.")
         return
-    model = info.base.model if info.base.model not in ("embedded", "smollm2") else f"the directory of {info.base.model}"
+    named = {"embedded": MODEL_DIR, "smollm2": smollm2_directory()}
+    model = named.get(info.base.model, info.base.model)
     _say(console, "Train from it with any PEFT trainer:")
     _say(console, f'    model = AutoModelForCausalLM.from_pretrained("{model}")')
     _say(console, f'    model = PeftModel.from_pretrained(model, "{out}", is_trainable=True)')
