@@ -82,11 +82,12 @@ join(JoinRequest(host, [task], name="ada", work=Path(work), once=once == "once")
 """
 
 
-def until(condition: Callable[[], object], what: str) -> None:
-    """Wait for something that must come; how long it takes is not what is tested."""
+def until(condition: Callable[[], object], what: str, by: subprocess.Popen[bytes] | None = None) -> None:
+    """Wait for something that must come, as long as the process lives that it comes from."""
     end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, f"waited in vain for {what}"
+        assert by is None or by.poll() is None, f"{what} will not come: the participant has ended"
         time.sleep(0.1)
 
 
@@ -215,7 +216,7 @@ def gone(processes: list[psutil.Process]) -> None:
 def test_a_participant_trains_what_it_is_asked_and_leaves_when_the_federation_has_finished(world: World) -> None:
     process = world.join(once=True)
     out = world.ask(steps=3)
-    until(out.exists, "the answer")
+    until(out.exists, "the answer", process)
     found = json.loads(out.read_text())
     assert found["hello"]["node"] == "ada"
     assert found["hello"]["tasks"] == ["sums"]
@@ -231,27 +232,27 @@ def test_a_participant_trains_what_it_is_asked_and_leaves_when_the_federation_ha
 
 def test_a_supernode_that_is_killed_is_started_again_and_works(world: World) -> None:
     process = world.join()
-    until(lambda: world.said("Connected to"), "the connection")
+    until(lambda: world.said("Connected to"), "the connection", process)
     killed = supernode(process)
     killed.kill()
     gone([killed])
-    until(lambda: world.said("Connected to", times=2), "the second connection")
+    until(lambda: world.said("Connected to", times=2), "the second connection", process)
     assert world.said("ended with exit code 137")
     out = world.ask(steps=1)
-    until(out.exists, "the answer")
+    until(out.exists, "the answer", process)
     assert json.loads(out.read_text())["answer"]["error"] == ""
 
 
 def test_a_coordinator_that_goes_and_comes_back_finds_the_participant_again(world: World) -> None:
     process = world.join()
-    until(lambda: world.said("Connected to"), "the connection")
+    until(lambda: world.said("Connected to"), "the connection", process)
     world.children["superlink"].kill()
     world.children["gateway"].kill()
     until(lambda: world.said("does not answer"), "the loss being noticed")
     process.kill()  # even a participant that is started anew while nobody is there
     process.wait()
     again = world.join()
-    until(lambda: world.said("joining as soon as it does again"), "the second start")
+    until(lambda: world.said("joining as soon as it does again"), "the second start", again)
     world.start("gateway")
     world.start("superlink")
     until(world.control.ready, "the SuperLink")
@@ -265,7 +266,7 @@ def test_however_a_participant_ends_in_the_middle_of_a_job_nothing_is_left_runni
 ) -> None:
     process = world.join()
     world.ask(steps=100_000)
-    until(lambda: world.said("expert:sums: step"), "a training that goes on")
+    until(lambda: world.said("expert:sums: step"), "a training that goes on", process)
     started = below(process)
     commands = " ".join(word for child in started for word in child.cmdline())
     assert "flwr-clientapp" in commands
@@ -277,8 +278,8 @@ def test_however_a_participant_ends_in_the_middle_of_a_job_nothing_is_left_runni
 
 
 def test_one_place_is_joined_once_at_a_time(world: World) -> None:
-    world.join()
-    until(lambda: world.said("Connected to"), "the connection")
+    process = world.join()
+    until(lambda: world.said("Connected to"), "the connection", process)
     second = world.join()
     assert second.wait(PATIENCE) != 0
     assert world.said("has joined as 'ada'")
