@@ -179,13 +179,8 @@ class RegistryClient:
             if holding.complete:
                 break
             try:
-                if self._upload(outgoing, holding.received, patience, on_bytes or _quiet):
+                if self._attempt(outgoing, holding.received, patience, on_bytes or _quiet):
                     break
-                patience.wait("it ended an upload before its end")
-            except grpc.RpcError as error:
-                patience.wait(error)
-            except grpc.FutureCancelledError:
-                patience.wait(f"nothing moved for {self._deadline:g} seconds")
             except AdapterMismatchError:
                 # What an earlier upload left may have been spoiled by a crash: once more from the beginning.
                 if anew or not holding.received:
@@ -293,6 +288,19 @@ class RegistryClient:
                 watchdog.tick()
                 patience.progress()
                 on_bytes(download.received, download.size)
+
+    def _attempt(self, outgoing: Outgoing, offset: int, patience: Patience, on_bytes: OnBytes) -> bool:
+        """Try to send what is missing; whether the registry has it all then. A failure of the network is waited out."""
+        reason: grpc.RpcError | str = "it ended an upload before its end"
+        try:
+            if self._upload(outgoing, offset, patience, on_bytes):
+                return True
+        except grpc.RpcError as error:
+            reason = error
+        except grpc.FutureCancelledError:
+            reason = f"nothing moved for {self._deadline:g} seconds"
+        patience.wait(reason)
+        return False
 
     def _upload(self, outgoing: Outgoing, offset: int, patience: Patience, on_bytes: OnBytes) -> bool:
         """Send from an offset on; whether the registry has it all then."""

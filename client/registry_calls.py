@@ -29,7 +29,7 @@ _FINAL = {
     grpc.StatusCode.NOT_FOUND: "Check host and port.",
 }
 """Refusals that the same call would meet again."""
-_UNTRUSTED = ("CERTIFICATE_VERIFY_FAILED", "WRONG_VERSION_NUMBER", "Hostname Verification Check failed")
+_UNTRUSTED = ("SSL_ERROR_SSL", "Hostname Verification Check failed")
 
 T = TypeVar("T")
 
