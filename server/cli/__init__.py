@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import typer
 
 from seedbed.common.errors import SeedbedError, StorageError
-from seedbed.server.cli import adapters, models, studies
+from seedbed.server.cli import adapters, federation, keys, models, studies
 from seedbed.server.cli.console import fail
 
 app = typer.Typer(
@@ -16,10 +18,42 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-_ON_ONE_MACHINE = (studies.simulate, adapters.merge, adapters.inspect, studies.evaluate, studies.ablate, studies.report)
+_ON_ONE_MACHINE: tuple[Callable[..., None], ...] = (
+    studies.simulate,
+    adapters.merge,
+    adapters.inspect,
+    studies.evaluate,
+    studies.ablate,
+    studies.report,
+)
+
+_ACROSS_MACHINES: tuple[Callable[..., None], ...] = (
+    federation.coordinator,
+    federation.join,
+    federation.preflight,
+    federation.status,
+    federation.watch,
+    federation.fetch,
+    federation.contribute,
+    federation.withdraw,
+)
 
 for _verb in _ON_ONE_MACHINE:
-    app.command()(_verb)
+    app.command(rich_help_panel="On one machine")(_verb)
+for _verb in _ACROSS_MACHINES:
+    app.command(rich_help_panel="Across machines")(_verb)
+
+keys_app = typer.Typer(help="Certificates of a federation across machines.", no_args_is_help=True)
+_KEYS: dict[str, Callable[..., None]] = {
+    "init": keys.init,
+    "add": keys.add,
+    "list": keys.list_,
+    "rotate": keys.rotate,
+    "revoke": keys.revoke,
+}
+for _name, _verb in _KEYS.items():
+    keys_app.command(_name)(_verb)
+app.add_typer(keys_app, name="keys", rich_help_panel="Across machines")
 
 model_app = typer.Typer(help="Base models that Seedbed knows by name.", no_args_is_help=True)
 model_app.command()(models.fetch)

@@ -2,8 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only, no progress.")]
+Host = Annotated[str, typer.Option(metavar="HOST[:PORT]", help="The coordinator.")]
+HOST = "127.0.0.1:7400"
+Folder = Annotated[
+    Path | None, typer.Option("--keys", metavar="FOLDER", help="What the coordinator handed out.", show_default=False)
+]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Without TLS, also where it leaves this machine.")]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--task", metavar="FILE|NAME=FILE", help="Training data, or a YAML file that names it; repeatable."),
+]
+General = Annotated[
+    Path | None,
+    typer.Option("--general", metavar="FILE", help="General text, for routing tuning.", show_default=False),
+]
+Base = Annotated[
+    Path | None,
+    typer.Option("--base", metavar="DIR", help="The base model, if it is not in the cache.", show_default=False),
+]
+Name = Annotated[
+    str | None, typer.Option("--name", help="The certificate's, or the host's, unless given.", show_default=False)
+]
+Work = Annotated[
+    Path | None,
+    typer.Option("--work", metavar="DIR", help="~/.local/share/seedbed/NAME unless given.", show_default=False),
+]
+Gpus = Annotated[str, typer.Option("--gpus", metavar="LIST", help="auto, none, or indices such as 0,1.")]

@@ -1,0 +1,219 @@
+"""Verbs of a federation across machines: coordinator, join, preflight, status, watch, fetch, contribute, withdraw."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from seedbed.server.cli.console import observer
+from seedbed.server.cli.options import HOST, Base, Folder, General, Gpus, Host, Insecure, Name, Quiet, Tasks, Work
+
+if TYPE_CHECKING:
+    from seedbed.server.monitor.state import Status
+
+Where = Annotated[str | None, typer.Argument(metavar="[RUN_DIR|HOST[:PORT]]", show_default=False)]
+
+
+def coordinator(
+    source: Annotated[str, typer.Argument(metavar="PRESET|CONFIG.yaml")],
+    out: Annotated[Path | None, typer.Option(help="Run directory; runs/NAME unless given.", show_default=False)] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Directory with NAME.test.jsonl, for the evaluation.", show_default=False)
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting; repeatable.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run; nothing finished is done again.")] = False,
+    listen: Annotated[str, typer.Option(metavar="ADDRESS", help="Beyond this machine only with --keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="What participants need to know; 0 takes a free one.")] = 7400,
+    registry_port: Annotated[int, typer.Option(help="Of the adapter registry; 0 takes a free one.")] = 7401,
+    advertise: Annotated[str, typer.Option(metavar="NAME", help="Name of this machine in the join line.")] = "",
+    keys: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Made by seedbed keys init.", show_default=False)
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without keys.")] = False,
+    linger: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Serve so long after the end; -1: until interrupted.")
+    ] = 0.0,
+    quiet: Quiet = False,
+) -> None:
+    """Launch a federation: wait for participants, lead them through it, evaluate, report. Continue it with --resume."""
+    from seedbed.server.coordinator.request import CoordinatorRequest
+    from seedbed.server.coordinator.verb import Interrupted, run_coordinator
+    from seedbed.server.evaluation.report import summary_table
+
+    overrides = [*(set_ or []), *([f"tasks.data={data.resolve()}"] if data is not None else [])]
+    request = CoordinatorRequest(
+        source=source,
+        overrides=tuple(overrides),
+        out=out,
+        resume=resume,
+        host=listen,
+        advertise=advertise,
+        port=port,
+        registry_port=registry_port,
+        keys=keys,
+        insecure=insecure,
+        quiet=quiet,
+        linger=math.inf if linger < 0 else linger,
+        command=" ".join(["seedbed", *sys.argv[1:]]),
+    )
+    try:
+        with observer(quiet) as observe:
+            results = run_coordinator(request, Console(), observe)
+    except Interrupted as end:
+        sys.exit(end.exit_code)
+    Console().print(summary_table(results))
+    Console().print(results.answer, highlight=False)
+
+
+def join(
+    host: Annotated[str, typer.Argument(metavar="HOST[:PORT]")],
+    task: Tasks = None,
+    keys: Folder = None,
+    name: Name = None,
+    work: Work = None,
+    general: General = None,
+    base: Base = None,
+    gpus: Gpus = "auto",
+    insecure: Insecure = False,
+    once: Annotated[bool, typer.Option("--once", help="Leave when the federation has ended.")] = False,
+    wait: Annotated[float, typer.Option(metavar="SECONDS", help="Try a first contact for so long.")] = 0.0,
+    quiet: Quiet = False,
+) -> None:
+    """Take part with GPUs (or a CPU): trains when it is asked, reconnects for ever, and goes on where it was."""
+    from seedbed.client.join.verb import JoinRequest
+    from seedbed.client.join.verb import join as run_join
+
+    request = JoinRequest(
+        host=host,
+        tasks=tuple(task or ()),
+        keys=keys,
+        name=name,
+        work=work,
+        general=general,
+        base=base,
+        gpus=gpus,
+        insecure=insecure,
+        once=once,
+        wait=wait,
+    )
+    run_join(request, Console(quiet=quiet))
+
+
+def preflight(
+    host: Annotated[str | None, typer.Argument(metavar="[HOST[:PORT]]", show_default=False)] = None,
+    task: Tasks = None,
+    keys: Folder = None,
+    name: Name = None,
+    work: Work = None,
+    general: General = None,
+    base: Base = None,
+    gpus: Gpus = "auto",
+    insecure: Insecure = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+) -> None:
+    """Find out whether this machine is ready to join: versions, TLS, clock, GPUs, memory, model, data, disk, ports."""
+    from seedbed.client.preflight.verb import PreflightRequest, run_preflight
+
+    request = PreflightRequest(
+        host=host,
+        tasks=tuple(task or ()),
+        keys=keys,
+        name=name,
+        work=work,
+        general=general,
+        base=base,
+        gpus=gpus,
+        insecure=insecure,
+    )
+    report = run_preflight(request, Console(), as_json=json_)
+    if report.state == "fail":
+        sys.exit(11)
+
+
+def status(
+    where: Where = None,
+    keys: Folder = None,
+    insecure: Insecure = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Show a federation once: who takes part, who does what, what is done."""
+    from seedbed.server.monitor.table import show_status
+
+    show_status(_look(where, keys, insecure), Console(), as_json=json_)
+
+
+def watch(
+    where: Where = None,
+    keys: Folder = None,
+    insecure: Insecure = False,
+) -> None:
+    """Watch a federation live: participants, jobs, loss curves, bytes, arrivals, time left. Ctrl-C leaves."""
+    from seedbed.server.monitor.live import watch as run_watch
+
+    run_watch(_look(where, keys, insecure), Console())
+
+
+def fetch(
+    what: Annotated[str, typer.Argument(metavar="DIGEST|seed|best")],
+    host: Host = HOST,
+    keys: Folder = None,
+    out: Annotated[Path | None, typer.Option(help="Directory to make; must not exist.", show_default=False)] = None,
+    insecure: Insecure = False,
+    quiet: Quiet = False,
+) -> None:
+    """Bring an adapter of a federation here as a PEFT directory, to train from it or to use it."""
+    from seedbed.client.exchange import fetch as run_fetch
+
+    progress = Console(stderr=True, quiet=quiet)
+    run_fetch(what, host, keys, out, Console(), insecure=insecure, progress=progress)
+
+
+def contribute(
+    directory: Annotated[Path, typer.Argument(metavar="ADAPTER_DIR")],
+    task: Annotated[str, typer.Option(help="What it was trained on.")],
+    host: Host = HOST,
+    keys: Folder = None,
+    name: Annotated[str, typer.Option(help="What tables call it; made up unless given.")] = "",
+    from_seed: Annotated[bool, typer.Option("--from-seed", help="It was trained from the federation's seed.")] = False,
+    insecure: Insecure = False,
+    quiet: Quiet = False,
+) -> None:
+    """Hand in an expert that any PEFT trainer made; it joins the next combination."""
+    from seedbed.client.exchange import contribute as run_contribute
+
+    progress = Console(stderr=True, quiet=quiet)
+    run_contribute(
+        directory, task, host, keys, name, Console(), from_seed=from_seed, insecure=insecure, progress=progress
+    )
+
+
+def withdraw(
+    digest: Annotated[str, typer.Argument(metavar="DIGEST")],
+    host: Host = HOST,
+    keys: Folder = None,
+    insecure: Insecure = False,
+) -> None:
+    """Take a contribution of yours back; the next combination is made without it."""
+    from seedbed.client.exchange import withdraw as run_withdraw
+
+    run_withdraw(digest, host, keys, Console(), insecure=insecure)
+
+
+def _look(where: str | None, keys: Path | None, insecure: bool) -> Callable[[], Status]:
+    """What `status` and `watch` look at: a run directory of this machine, or a coordinator."""
+    from seedbed.server.monitor.reader import RunReader
+
+    if where is not None and (Path(where) / "config.yaml").is_file():
+        return RunReader(Path(where)).look
+    from seedbed.client.connect import gateway
+    from seedbed.server.monitor.remote import remote
+
+    return remote(gateway(where or HOST, keys, insecure=insecure))
