@@ -113,21 +113,12 @@ def _made(job: Job, node: Node, store: AdapterStore, deadline: float | None) -> 
     if held is not None:
         manifest = read_manifest(store.open(held))
         if manifest.settings.get("data") == data:
-            if node.registry is not None:
-                _hand_in_again(store, held, manifest, job)
             return held, manifest, True
     spec = spec.model_copy(update={"settings": {**spec.settings, "data": data}})
     if not _is_trained(spec):
         _train(spec, job, node, deadline)
     digest = _hand_in(spec, job, node, store)
     return digest, read_manifest(store.open(digest)), False
-
-
-def _hand_in_again(store: AdapterStore, digest: str, manifest: Manifest, job: Job) -> None:
-    """What is in the participant's own directory may have missed the registry, which takes nothing twice."""
-    made_together = manifest.parents if job.kind == "molora" else ()
-    for part in (*made_together, digest):
-        store.put(store.open(part))
 
 
 def _is_trained(spec: TrainSpec) -> bool:
