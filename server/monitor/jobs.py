@@ -55,7 +55,7 @@ def step_event(status: Status, event: Event) -> Status:
 def accepted_event(status: Status, event: Event) -> Status:
     """`digest`; `seconds` of the whole job; `bytes`, `norm`, `cosine`; `steps`, `loss`, `tokens` of a finished training."""
     job, digest = _job_of(status, event), text(event.detail.get("digest"))
-    if job.state == "done" and job.digest == digest:
+    if job.state in ("done", "quarantined") and job.digest and job.digest == digest:
         return _measured(status, event, digest)
     steps = int(number(event.detail, "steps") or job.steps)
     seconds, loss = number(event.detail, "seconds") or job.seconds, number(event.detail, "loss", negative=True)
@@ -66,7 +66,7 @@ def accepted_event(status: Status, event: Event) -> Status:
         step=steps or job.step,
         steps=steps,
         curve=job.curve.add(steps, loss) if loss is not None and not job.curve.kept else job.curve,
-        tokens=number(event.detail, "tokens") or job.tokens,
+        tokens=number(event.detail, "tokens") or (job.tokens / job.step * steps if job.step else job.tokens),
         seconds=seconds,
         trained=_trained(job, steps, seconds),
         attempts=job.attempts or 1,
@@ -104,8 +104,8 @@ def _measured(status: Status, event: Event, digest: str) -> Status:
 def quarantined_event(status: Status, event: Event) -> Status:
     """`reason`."""
     job = _job_of(status, event)
-    if job.state == "done":
-        return status
+    if job.state == "done" and event.time < job.ended:
+        return status  # of an earlier attempt; what comes later shuts out what had been accepted
     reason = text(event.detail.get("reason"))
     job = replace(
         job,

@@ -7,6 +7,7 @@ its ledger; where there are both, the ledger tells what happened before the log 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
@@ -27,17 +28,19 @@ class RunReader:
 
     Args:
         root: the run directory.
+        awaited: it may not be there yet; until it is, the federation waits.
 
     Raises:
         StorageError: if it is none.
     """
 
-    def __init__(self, root: Path) -> None:
-        if not root.is_dir() or not any((root / name).exists() for name in (EVENTS, LEDGER, CONFIG)):
+    def __init__(self, root: Path, *, awaited: bool = False) -> None:
+        if not awaited and not any((root / name).exists() for name in (EVENTS, LEDGER, CONFIG)):
             what = "is not a run directory" if root.exists() else "does not exist"
             raise StorageError(f"{root} {what}", "Name the directory that --out named, or HOST:PORT of a coordinator.")
         self.root = root
-        self.status = Status(name=_name(root) or root.resolve().name)
+        self.status = Status(name=root.resolve().name)
+        self._named = False
         self._log = EventLog(root / EVENTS)
         self._offset = self._entries = 0
         self._log_began: float | None = None
@@ -48,6 +51,8 @@ class RunReader:
         Raises:
             StorageError: if a file cannot be read.
         """
+        if not self._named and (name := _name(self.root)):
+            self.status, self._named = replace(self.status, name=name), True
         entries = self._new_entries()  # before the events, which are then at least as new
         first = self._log_began is None
         events, self._offset = self._log.read_some(self._offset)

@@ -34,13 +34,14 @@ const ago = (status, time) => time ? duration(status.now - time) + ' ago' : '';
 const short = digest => digest.slice(0, 12);
 
 const table = (id, rows) => {
-  const body = byId(id).tBodies[0];
+  const body = byId(id).tBodies[0], heads = byId(id).tHead.rows[0].cells;
   const kept = new Map([...body.rows].map(row => [row.dataset.key, row]));
   rows.forEach(([key, cells, state], place) => {
     let row = kept.get(key);
     kept.delete(key);
     if (!row) { row = document.createElement('tr'); row.dataset.key = key;
-      cells.forEach((_, index) => { const cell = make(index ? 'td' : 'th', row); if (!index) cell.scope = 'row'; }); }
+      cells.forEach((_, index) => { const cell = make(index ? 'td' : 'th', row);
+        if (index) cell.className = heads[index].className; else cell.scope = 'row'; }); }
     cells.forEach((cell, index) => say(row.cells[index], cell));
     row.dataset.state = state || '';
     if (body.rows[place] !== row) body.insertBefore(row, body.rows[place] || null);
@@ -132,7 +133,7 @@ const show = status => {
   byId('none').hidden = drawn.length > 0;
   table('nodes', status.nodes.map(node => [node.name, [
     node.name, node.state === 'here' ? (node.job ? 'trains' : 'idle') : node.state,
-    node.job || node.reason, String(node.done), node.tasks.join(', '), node.devices.join(', '), ago(status, node.seen)],
+    node.job || node.reason, String(node.done), ago(status, node.seen), node.tasks.join(', '), node.devices.join(', ')],
     node.state]));
   const jobs = [...status.jobs].sort((a, b) => order[a.state] - order[b.state] || b.ended - a.ended).slice(0, 200);
   table('jobs', jobs.map(job => [job.name,

@@ -34,9 +34,9 @@ progress { width: 100%; height: .7rem; accent-color: var(--accent); margin-top: 
 .plot .dot { fill: var(--first); }
 .plot .axis { stroke: var(--line); }
 .plot text { fill: currentColor; font-size: 12px; font-family: inherit; }
-td { white-space: normal; overflow-wrap: anywhere; min-width: 4.5rem; }
-td:nth-child(2), td:nth-child(3) { text-align: left; }
-#notes td { white-space: nowrap; text-align: right; }
+th.name, td.name { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
+th.text, td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 16rem; }
+th.word, td.word { text-align: left; }
 #notes th { white-space: normal; overflow-wrap: anywhere; max-width: none; font-weight: 400; }
 tr[data-state="running"] td:nth-child(2) { color: var(--accent); font-weight: 600; }
 tr[data-state="quarantined"] td, tr[data-state="refused"] td, tr[data-state="gone"] td { color: var(--second); }
@@ -56,12 +56,19 @@ _FACTS = (
     ("running", "Running for"),
 )
 _TABLES = (
-    ("nodes", "Participants", ("Name", "State", "Job", "Done", "Tasks", "Devices", "Seen")),
-    ("jobs", "Jobs", ("Job", "State", "Participant", "Steps", "Loss", "Tokens/s", "Time", "Attempts", "Reason")),
-    ("arrivals", "Arrivals", ("Adapter", "Participant", "Digest", "Size", "Norm", "Cosine", "When")),
-    ("contributions", "Contributions", ("Name", "Task", "Participant", "Digest", "State", "When")),
+    ("nodes", "Participants", ("Name", "State|word", "Job|name", "Done", "Seen", "Tasks|name", "Devices|name")),
+    (
+        *("jobs", "Jobs"),
+        ("Job", "State|word", "Participant|name", "Steps", "Loss", "Tokens/s", "Time", "Attempts", "Reason|text"),
+    ),
+    ("arrivals", "Arrivals", ("Adapter", "Participant|name", "Digest|word", "Size", "Norm", "Cosine", "When")),
+    (
+        *("contributions", "Contributions"),
+        ("Name", "Task|name", "Participant|name", "Digest|word", "State|word", "When"),
+    ),
     ("notes", "Notes", ("Note", "When")),
 )
+"""Id, title, and headers, each with the kind of its column where it is not a number."""
 
 
 def _hash(text: str) -> str:
@@ -102,7 +109,7 @@ def status_json(run: Path) -> dict[str, Any]:
     """What `status.json` holds, see `document`; only what is new since the last call is read from the disk.
 
     Raises:
-        StorageError: if `run` is not a run directory, or cannot be read.
+        StorageError: if it cannot be read; a run that is not there yet is one that waits.
     """
     return to_json(_look(run))
 
@@ -125,7 +132,7 @@ def _look(run: Path) -> Status:
     with _LOCK:  # requests may come from several threads
         reader = _READERS.get(run)
         if reader is None:
-            reader = RunReader(run)
+            reader = RunReader(run, awaited=True)
             if len(_READERS) >= _KEPT:
                 _READERS.pop(next(iter(_READERS)))
             _READERS[run] = reader
@@ -133,8 +140,12 @@ def _look(run: Path) -> Status:
 
 
 def _table(key: str, title: str, headers: tuple[str, ...]) -> str:
-    heads = "".join(f'<th scope="col">{header}</th>' for header in headers)
+    heads = "".join(_head(*header.partition("|")[::2]) for header in headers)
     return (
         f'<section hidden><h2>{title}</h2><div class="scroll" role="region" tabindex="0" aria-label="{title}">'
         f'<table id="{key}"><thead><tr>{heads}</tr></thead><tbody></tbody></table></div></section>'
     )
+
+
+def _head(header: str, kind: str) -> str:
+    return f'<th scope="col" class="{kind}">{header}</th>'

@@ -78,6 +78,7 @@ def test_an_accepted_job_is_done_arrives_once_and_frees_its_node() -> None:
     status = fold_all(status, [arrival, event("advance", 110, name="expert:sums"), arrival])
     job = status.jobs["expert:sums"]
     assert (job.state, job.step, job.seconds, job.digest) == ("done", 10, 12.0, "ab")
+    assert job.tokens_per_second == 100.0
     assert job.pace == 1.0, "the pace is that of training, not of the whole job"
     assert (status.nodes["ada"].job, status.nodes["ada"].done) == ("", 1)
     (seen,) = status.arrivals
@@ -254,3 +255,10 @@ def test_the_ledger_alone_tells_of_a_simulated_run() -> None:
     assert {name: node.state for name, node in status.nodes.items()} == {"ada": "here", "bob": "here", "eve": "refused"}
     assert (status.stage.name, status.stage.done) == ("evaluate", 1)
     assert status.jobs["expert:sums"].curve.last == 0.5
+
+
+def test_an_expert_that_is_shut_out_after_it_was_accepted_stays_out() -> None:
+    accepted = event("accepted", 10, "ada", "expert:sums", digest="ab")
+    events = [accepted, event("quarantined", 20, "ada", "expert:sums", reason="its cosine is -1"), accepted]
+    status = fold_all(Status(), events)
+    assert (status.jobs["expert:sums"].state, status.arrived) == ("quarantined", 1)

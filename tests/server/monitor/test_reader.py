@@ -38,6 +38,14 @@ def test_a_directory_that_is_no_run_is_refused_with_a_next_step(tmp_path: Path) 
         assert "coordinator" in refused.value.hint
 
 
+def test_a_run_that_is_not_there_yet_waits_and_is_then_seen(tmp_path: Path) -> None:
+    reader = RunReader(tmp_path / "later", awaited=True)
+    assert (reader.look().name, reader.look().state) == ("later", "waiting")
+    write(tmp_path / "later", Event(kind="stage", name="seed", detail={"total": 1}))
+    (tmp_path / "later" / "config.yaml").write_text("name: valley\n")
+    assert (reader.look().name, reader.look().state) == ("valley", "running")
+
+
 def test_each_look_reads_on_and_a_torn_last_line_waits(run: Path) -> None:
     reader = RunReader(run)
     write(run, Event(kind="accepted", node="ada", name="expert:sums", detail={"digest": "ab"}))
