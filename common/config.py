@@ -85,6 +85,8 @@ class TrainingSettings(Section):
     max_tokens: PositiveInt = 256
     """An example longer than this loses the beginning of its prompt."""
     log_every: PositiveInt = 5
+    transfer: Literal["float32", "bfloat16", "int8"] = "float32"
+    """In what trained adapters are handed in: `bfloat16` halves the bytes, `int8` quarters them. Manifests state the error."""
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
 
     @model_validator(mode="after")
@@ -317,6 +319,18 @@ class StageSettings(Section):
     """Seconds to wait for the participants of one stage."""
     quorum: Fraction = 0.75
     """Share of the asked participants whose results are needed to go on."""
+    attempts: PositiveInt = 2
+    """How often a participant may fail a job before its result is missing; in a deployed federation only."""
+    silence: Annotated[float, Field(gt=0)] = 60.0
+    """Seconds without a sign of life after which a participant is asked for the same job again, which does not train it
+    twice; doubled each time."""
+    patience: Fraction = 0.5
+    """Share of the deadline after which a job that is not answered is also given to another participant that brings the
+    same task."""
+    max_norm_ratio: Annotated[float, Field(gt=1)] | None = None
+    """An expert whose update has more than so many times the others' median norm is not used; none is no gate."""
+    min_cosine: Annotated[float, Field(ge=-1, lt=1)] | None = None
+    """An expert whose update has a smaller cosine to the mean of the others is not used; none is no gate."""
 
 
 class RunSettings(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +13,28 @@ from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.config import LoraSettings
 from seedbed.common.errors import AdapterMismatchError, ConfigError, SeedbedError
 from seedbed.common.jobs import Job, JobResult
-from seedbed.common.manifest import Manifest
+from seedbed.common.manifest import BaseIdentity, Manifest
 from seedbed.common.routing import Router
 from seedbed.common.routing.router_file import read_router
-from seedbed.common.storage import AdapterStore, check_update, read_adapter
+from seedbed.common.storage import AdapterStore, check_update, read_adapter, require_base
 
 Shapes = Mapping[str, tuple[int, int]]
 _HEADER_BYTES = 10_000_000
 """Room for the header of a safetensors file, on top of the tensors."""
+_RANKS = 512
+"""Largest rank of a contribution, in bytes of its file."""
+_CONTRIBUTED = ("expert", "external", "joint", "merge")
 
 
-def expected_adapter(shapes: Shapes, lora: LoraSettings) -> Adapter:
+def expected_adapter(shapes: Shapes, lora: LoraSettings, dtype: torch.dtype = torch.float32) -> Adapter:
     """What every update must be shaped like: modules, shapes, rank and dtype, without any memory behind it."""
     scaling = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
     with torch.device("meta"):
         return Adapter(
             {
-                name: LoraFactors(torch.empty(lora.rank, columns), torch.empty(rows, lora.rank), scaling)
+                name: LoraFactors(
+                    torch.empty(lora.rank, columns, dtype=dtype), torch.empty(rows, lora.rank, dtype=dtype), scaling
+                )
                 for name, (rows, columns) in shapes.items()
             }
         )
@@ -42,11 +48,13 @@ class Admission:
         store: where the tensors are; it verifies digests when it opens.
         shapes: `(out, in)` of every module that an adapter of this federation must have.
         norm_bound: largest Frobenius norm of one module's update.
+        base: the base model that contributions must have; a job names its own.
     """
 
     store: AdapterStore
     shapes: Shapes
     norm_bound: float
+    base: BaseIdentity | None = None
 
     def admit(self, job: Job, result: JobResult) -> Manifest:
         """Check one result against the job that it answers.
@@ -62,6 +70,34 @@ class Admission:
         directory = self.store.open(result.digest)
         checks = {"gate": self._router, "router": self._router, "molora": self._with_experts}
         return checks.get(job.kind, self._adapter)(job, directory)
+
+    def admit_contribution(self, digest: str) -> dict[str, float]:
+        """Check an expert that was trained elsewhere, whatever its rank.
+
+        Its base model is compared by digest where both are known, else by name: other trainers write no digest.
+
+        Returns:
+            metrics that its manifest tells.
+
+        Raises:
+            SeedbedError: saying what is wrong, with the module or field, expected and got.
+        """
+        if self.base is None:
+            raise ConfigError("this federation takes no contributions")
+        directory = self.store.open(digest)
+        bound = _RANKS * 4 * sum(rows + columns for rows, columns in self.shapes.values()) + _HEADER_BYTES
+        adapter, manifest = read_adapter(directory, max_bytes=bound)
+        if manifest.kind not in _CONTRIBUTED:
+            raise AdapterMismatchError(f"expected an expert, got an adapter of kind '{manifest.kind}'")
+        require_base(manifest, self.base, "the update")
+        got = {name: factors.shape for name, factors in adapter.items()}
+        for name in sorted(set(self.shapes) | set(got)):
+            wanted, found = self.shapes.get(name), got.get(name)
+            if wanted != found:
+                what = f"expected shape {list(wanted) if wanted else 'none'}, got {list(found) if found else 'none'}"
+                raise AdapterMismatchError(f"module {name}: {what}", "Train it with the federation's target modules.")
+        check_update(adapter, manifest, base=self.base, norm_bound=self.norm_bound)
+        return {key: value for key, value in manifest.metrics.items() if math.isfinite(value)}
 
     def _adapter(self, job: Job, directory: Path) -> Manifest:
         expected = expected_adapter(self.shapes, job.lora)
@@ -102,8 +138,11 @@ class Admission:
             _same(what, wanted, got)
 
     def _plain(self, job: Job, adapter: Adapter, manifest: Manifest) -> None:
-        expected = expected_adapter(self.shapes, job.lora)
+        # What travels in int8 is expanded when it is read.
+        dtype = torch.bfloat16 if job.transfer == "bfloat16" else torch.float32
+        expected = expected_adapter(self.shapes, job.lora, dtype)
         check_update(adapter, manifest, base=job.base, reference=expected, norm_bound=self.norm_bound)
+        _same("dtype", job.transfer, manifest.dtype)
 
     def _routes(self, job: Job, router: Router, names: Sequence[str]) -> None:
         """Names, kind and shapes; that every number is finite has been checked when it was read."""

@@ -19,9 +19,9 @@ from seedbed.common.errors import ConfigError, SeedbedError
 from seedbed.common.events import EventLog
 from seedbed.common.files import atomic_write
 from seedbed.common.manifest import Record
-from seedbed.server.conductor import conduct, open_setting
+from seedbed.server.conductor import conduct, open_setting, settled
+from seedbed.server.exchange import GridExchange
 from seedbed.server.observer import Lines, Recorder
-from seedbed.server.workforce import GridWorkforce
 
 app = ServerApp()
 
@@ -58,7 +58,8 @@ def _serve(root: Path, grid: Grid, command: str) -> None:
         config = load_config(str(root / "config.yaml"))
         setting = open_setting(config, root, recorder, resume=True, command=command, training=False)
         try:
-            conduct(setting, GridWorkforce(grid))
+            if not settled(setting.run):
+                conduct(setting, GridExchange(grid))
         finally:
             setting.run.close()
     except SeedbedError as error:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from seedbed.common.adapter import Adapter
 from seedbed.common.config import Group
+from seedbed.common.errors import AdapterMismatchError, ConfigError
 from seedbed.common.manifest import BaseIdentity, Kind, recipe_hash
 from seedbed.common.storage import write_adapter
 from seedbed.server.adapters.files import merge_directories
@@ -47,6 +48,14 @@ class Parts:
     """`joint`, and routers trained together with their experts, by job name."""
     routers: Mapping[str, str] = field(default_factory=dict)
     """Trained routers, by candidate."""
+    guests: Mapping[str, str] = field(default_factory=dict)
+    """Contributed experts for further tasks, by name: they join the merges of the experts."""
+    contributed: frozenset[str] = frozenset()
+    """Digests of all contributed experts, whose ranks may differ from the others'."""
+
+    def trained_here(self, group: Group) -> dict[str, str]:
+        """Adapters of a group whose participants are in the federation, and can train what is over them."""
+        return {task: digest for task, digest in self.groups.get(group, {}).items() if digest not in self.contributed}
 
 
 class Combiner:
@@ -82,12 +91,23 @@ class Combiner:
                 self.run.ledger.quarantine("candidate", candidate.name, missing)
                 self.observe.note(f"no candidate '{candidate.name}': {missing}")
             else:
-                found += self._candidate(candidate, parts)
+                found += self._attempt(candidate, parts)
             self.observe.advance(candidate.name)
         for made in found:
             if made.digest is not None:
                 self.run.publish(made.name, made.digest)
         return found
+
+    def _attempt(self, candidate: Candidate, parts: Parts) -> list[Combination]:
+        """As `_candidate`; what a contribution makes impossible, such as means of factors of other ranks, is left out."""
+        try:
+            return self._candidate(candidate, parts)
+        except (AdapterMismatchError, ConfigError) as error:
+            if not parts.contributed:
+                raise
+            self.run.ledger.quarantine("candidate", candidate.name, error.message)
+            self.observe.note(f"no candidate '{candidate.name}': {error.message}")
+            return []
 
     def diagnostics(self, parts: Parts) -> dict[str, float]:
         """See `Diagnostics.all`."""
@@ -101,8 +121,10 @@ class Combiner:
             "joint": lambda: [Combination("joint", parts.alone["joint"])],
             "oracle": list,  # computed from the experts' scores
             "alone": lambda: [Combination(alone_name(candidate.of, task), group[task], task) for task in group],
-            "merge": lambda: [Combination(candidate.name, self._merged(candidate, group, parts.seed))],
-            "mixture": lambda: [Combination(candidate.name, self._mixture(candidate, group, parts))],
+            "merge": lambda: [
+                Combination(candidate.name, self._merged(candidate, with_guests(candidate, parts), parts.seed))
+            ],
+            "mixture": lambda: [Combination(candidate.name, self._mixture(candidate, parts))],
         }
         return makers[candidate.role]()
 
@@ -133,8 +155,10 @@ class Combiner:
 
         return self._once(name, recipe, make)
 
-    def _mixture(self, candidate: Candidate, group: Mapping[str, str], parts: Parts) -> str:
+    def _mixture(self, candidate: Candidate, parts: Parts) -> str:
         """Digest of the candidate's router, whose parents are the experts."""
+        trained = candidate.trains_gates or candidate.trains_router
+        group = parts.trained_here(candidate.of) if trained else parts.groups.get(candidate.of, {})
         assert candidate.routing is not None
         if candidate.routing.kind == "molora":
             return parts.alone[molora_job(candidate)]
@@ -198,6 +222,12 @@ def _missing(candidate: Candidate, parts: Parts) -> str:
     if (candidate.role == "joint" or job != "joint") and job not in parts.alone:
         return f"the job '{job}' gave no result"
     return ""
+
+
+def with_guests(candidate: Candidate, parts: Parts) -> dict[str, str]:
+    """What a candidate merges: its group, and over the experts whoever came from elsewhere."""
+    guests = parts.guests if candidate.of == "experts" else {}
+    return {**parts.groups.get(candidate.of, {}), **guests}
 
 
 def alone_name(group: Group, task: str) -> str:

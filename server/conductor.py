@@ -17,10 +17,12 @@ from seedbed.common.manifest import BaseIdentity
 from seedbed.common.targets import target_shapes
 from seedbed.server.assembly import Findings, assemble
 from seedbed.server.candidates import resolve
+from seedbed.server.contributions import state_of
 from seedbed.server.describe import plan_tables
 from seedbed.server.evaluation import results as records
 from seedbed.server.evaluation.report import write_report
 from seedbed.server.evaluation.results import Results
+from seedbed.server.exchange import Exchange
 from seedbed.server.federation import Federation
 from seedbed.server.inputs import EMBEDDED_TEST, Inputs, find_inputs, with_embedded_text, write_embedded
 from seedbed.server.ledger import Entry
@@ -43,11 +45,11 @@ class Setting:
     observe: Observer
     command: str = ""
 
-    def federation(self, workforce: Workforce) -> Federation:
+    def federation(self, workforce: Workforce | Exchange) -> Federation:
         return Federation(self.run, workforce, self.base, self.shapes, self.observe)
 
 
-def conduct(setting: Setting, workforce: Workforce) -> Results:
+def conduct(setting: Setting, workforce: Workforce | Exchange) -> Results:
     """All stages, whatever is missing of them, down to the report.
 
     Raises:
@@ -55,6 +57,7 @@ def conduct(setting: Setting, workforce: Workforce) -> Results:
         SeedbedError: whatever else stops the run; it is in the ledger, too.
     """
     run = setting.run
+    contributed = state_of(run.root)
     try:
         federation = setting.federation(workforce)
         candidates = federation.conduct()
@@ -66,8 +69,13 @@ def conduct(setting: Setting, workforce: Workforce) -> Results:
     except SeedbedError as error:
         run.ledger.append(Entry(event="failed", reason=error.message))
         raise
-    run.ledger.append(Entry(event="finished"))
+    run.ledger.append(Entry(event="finished", detail={"contributed": contributed} if contributed else {}))
     return results
+
+
+def settled(run: RunDirectory) -> bool:
+    """Whether a run has finished, and nothing has been contributed or withdrawn since."""
+    return (run.root / "results.json").exists() and run.ledger.contributed == state_of(run.root)
 
 
 def run_simulation(
@@ -85,7 +93,7 @@ def run_simulation(
     """
     setting = open_setting(config, root, observe, resume=resume, command=command)
     try:
-        if next(setting.run.ledger.of("finished"), None) and (setting.run.root / "results.json").exists():
+        if settled(setting.run):
             return records.load(setting.run.root)
         if _trained(setting):
             return conduct(setting, Nobody())

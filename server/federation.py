@@ -12,12 +12,17 @@ from dataclasses import dataclass, field, replace
 
 from seedbed.common.config import Group, SeedSettings
 from seedbed.common.errors import AdapterMismatchError, EnvironmentFailure, QuorumError, SeedbedError
+from seedbed.common.events import Event
 from seedbed.common.jobs import Hello, Job, JobResult
-from seedbed.common.manifest import BaseIdentity
+from seedbed.common.manifest import BaseIdentity, recipe_hash
 from seedbed.common.storage import read_adapter
 from seedbed.server.admission import Admission, Shapes
 from seedbed.server.candidates import Candidate
+from seedbed.server.cohort import outliers, standings
 from seedbed.server.combination import Combination, Combiner, Parts
+from seedbed.server.contributions import Contributions
+from seedbed.server.exchange import Exchange
+from seedbed.server.gathering import Gathering, Pulse, Stage
 from seedbed.server.ledger import Entry
 from seedbed.server.observer import Observer
 from seedbed.server.plan import PUBLIC, PUBLIC_ROUTER, Planner
@@ -42,21 +47,21 @@ class Federation:
 
     Args:
         run: the open run directory.
-        workforce: the participants; they are greeted only when some job is missing.
+        workforce: the participants; they are greeted only when some job is missing. Those of an `Exchange` come and go.
         base: the base model that everybody must have.
         shapes: ``(out, in)`` of every module that an adapter must have.
         observe: who is told of progress.
     """
 
     def __init__(
-        self, run: RunDirectory, workforce: Workforce, base: BaseIdentity, shapes: Shapes, observe: Observer
+        self, run: RunDirectory, workforce: Workforce | Exchange, base: BaseIdentity, shapes: Shapes, observe: Observer
     ) -> None:
         self.run = run
         self.workforce = workforce
         self.base = base
         self.observe = observe
         self.planner = Planner(run.config, base)
-        self.admission = Admission(run.store, shapes, run.config.run.norm_bound)
+        self.admission = Admission(run.store, shapes, run.config.run.norm_bound, base)
         self.combiner = Combiner(run, base, observe)
         self.tasks = list(run.config.tasks.experts)
         """Expert tasks whose participants are still in."""
@@ -64,7 +69,13 @@ class Federation:
         """What the combination says of itself, such as `factor_gap_seeded`."""
         self.parts: Parts | None = None
         """What the candidates were made of, once they are there."""
+        tasks = run.config.tasks.experts
+        self.contributions = Contributions(run.root, self.admission, run.ledger, observe, tasks)
         self._roster: Roster | None = None
+        self._gathering = None if isinstance(workforce, Workforce) else Gathering(workforce, self._let_in, observe)
+        self._over = self._gathering is not None and run.ledger.contributed is not None
+        """The run had finished before: it is only combined again, and nobody is waited for."""
+        self._pulse = Pulse(run.root)
 
     def conduct(self, *, diagnose: bool = True) -> list[Combination]:
         """All stages up to the candidates, and what can be said of their combination, which takes merging in other orders.
@@ -84,9 +95,13 @@ class Federation:
             QuorumError: if a stage ends with too few results.
         """
         seed = self.seed()
-        experts = self._by_task(self._stage("experts", self.planner.experts(seed, self.tasks)))
+        experts = self.experts(seed)
+        guests = self.contributions.guests()
+        self._gate(experts, guests, seed)
         parts = self.references(seed)
-        parts = replace(parts, groups={"experts": experts, **parts.groups})
+        contributed = frozenset((*self.contributions.places().values(), *guests.values()))
+        groups: dict[Group, Mapping[str, str]] = {"experts": experts, **parts.groups}
+        parts = replace(parts, groups=groups, guests=guests, contributed=contributed)
         self.parts = replace(parts, routers=self.routers(parts))
         return self.parts
 
@@ -125,17 +140,55 @@ class Federation:
         return self.combiner.given_seed(adapter)
 
     def _public_seed(self, settings: SeedSettings) -> str:
-        (digest,) = self._stage("seed", [self.planner.public_seed()]).values()
+        (digest,) = self._stage("seed", [self.planner.public_seed()], late=True).values()
         return digest
 
     def _federated_seed(self, settings: SeedSettings) -> str:
         parent: str | None = None
         for index in range(settings.rounds):
             name = "seed" if settings.rounds == 1 else f"seed {index + 1}/{settings.rounds}"
-            results = self._stage(name, self.planner.seed_round(index, parent, self.tasks))
+            results = self._stage(name, self.planner.seed_round(index, parent, self.tasks), late=True)
             parent = self.combiner.seed(list(results.values()), index)
         assert parent is not None  # rounds is positive
         return parent
+
+    # -- experts ------------------------------------------------------------------------------------------------------
+
+    def experts(self, seed: str | None) -> dict[str, str]:
+        """Digests of the experts by task, a contributed one where a participant has not delivered."""
+        done = self._stage("experts", self.planner.experts(seed, self.tasks), contributed=True)
+        found = {**self.contributions.places(), **self._by_task(done)}
+        return {task: found[task] for task in self.run.config.tasks.experts if task in found}
+
+    def _gate(self, experts: dict[str, str], guests: dict[str, str], seed: str | None) -> None:
+        """Tell how every expert stands among the others, and take outliers out, where that is asked for."""
+        names = {
+            **{f"expert:{task}": digest for task, digest in experts.items()},
+            **{f"contributed:{name}": digest for name, digest in guests.items()},
+        }
+        settings = self.run.config.stages
+        gated = settings.max_norm_ratio is not None or settings.min_cosine is not None
+        if self._gathering is None and not gated:  # a simulation shows nobody, and the report has its own diagnostics
+            return
+        start = self.run.store.open(seed) if seed else None
+        found = standings({name: self.run.store.open(digest) for name, digest in names.items()}, start)
+        entries = {entry.digest: entry for entry in self.run.ledger.of("accepted")}
+        for name, standing in found.items():
+            entry = entries.get(names[name])
+            told = {"digest": names[name], "norm": standing.norm}
+            told |= {"cosine": standing.cosine} if standing.cosine is not None else {}
+            self.observe.tell(
+                Event(
+                    kind="accepted", node=entry.node if entry else "", name=entry.name if entry else name, detail=told
+                )
+            )
+        bad = outliers(found, max_norm_ratio=settings.max_norm_ratio, min_cosine=settings.min_cosine)
+        for name, reason in bad.items():
+            entry = entries.get(names[name])
+            self._shut_out(entry.node if entry else "", name, reason)
+            (experts if name.startswith("expert:") else guests).pop(name.partition(":")[2])
+        if bad:
+            self._quorum("experts", len(experts), len(self.run.config.tasks.experts))
 
     # -- references -----------------------------------------------------------------------------------------------------
 
@@ -161,7 +214,7 @@ class Federation:
         found: dict[str, str] = {}
         gates: dict[Group, dict[str, str]] = {}
         for candidate in self.planner.candidates:
-            experts = parts.groups.get(candidate.of, {})
+            experts = parts.trained_here(candidate.of)
             if candidate.trains_gates:
                 if candidate.of not in gates:
                     gates[candidate.of] = self._gates(candidate.of, experts)
@@ -189,25 +242,54 @@ class Federation:
 
     # -- asking ---------------------------------------------------------------------------------------------------------
 
-    def _stage(self, name: str, jobs: Sequence[Job], *, shrink: bool = True, everybody: bool = False) -> dict[str, str]:
+    def _stage(
+        self,
+        name: str,
+        jobs: Sequence[Job],
+        *,
+        shrink: bool = True,
+        everybody: bool = False,
+        late: bool = False,
+        contributed: bool = False,
+    ) -> dict[str, str]:
         """Have jobs done, except those that the ledger holds; returns digests by job name, in the order of the jobs.
 
         Args:
             shrink: a participant that fails leaves the federation (else only its result is missing).
             everybody: the quorum is all of them.
+            late: a participant that was merely not there may take part in later stages.
+            contributed: contributed experts take the places of tasks without a result.
         """
-        done = {job.name: entry.digest for job in jobs if (entry := self.run.ledger.accepted(job.recipe))}
-        missing = [job for job in jobs if job.name not in done]
-        self.observe.stage(name, len(missing))
-        if missing:
-            self._ask(missing, done)
+        ledger = self.run.ledger
+        done = {job.name: entry.digest for job in jobs if (entry := ledger.accepted(job.recipe))}
+        places = self._places(jobs, done) if contributed else {}
+        missing = [job for job in jobs if job.name not in done and job.name not in places]
+        closed = next((entry for entry in ledger.of("closed") if entry.key == _stage_key(name, jobs)), None)
+        self.observe.stage(name, 0 if closed or self._over else len(missing))
+        absent = set(closed.detail.get("absent", [])) if closed else set()
+        if missing and not closed and not self._over:
+            absent = self._ask(missing, done, contributed)
+            places = self._places(jobs, done) if contributed else {}
         for job in jobs:
-            if job.name not in done and shrink:
+            if job.name not in done and shrink and not (late and job.name in absent):
                 self._leave(job)
-        self._quorum(name, len(done), len(jobs), 1.0 if everybody else None)
-        return {job.name: done[job.name] for job in jobs if job.name in done}
+        found = {**places, **done}
+        self._quorum(name, len(found), len(jobs), 1.0 if everybody else None)
+        if self._gathering is not None and not closed and not self._over:
+            detail = {"absent": sorted(absent)}
+            ledger.append(Entry(event="closed", name=name, key=_stage_key(name, jobs), detail=detail))
+        return {job.name: found[job.name] for job in jobs if job.name in found}
 
-    def _ask(self, jobs: Sequence[Job], done: dict[str, str]) -> None:
+    def _places(self, jobs: Sequence[Job], done: Mapping[str, str]) -> dict[str, str]:
+        """Contributed experts for jobs without a result, by job name."""
+        places = self.contributions.places()
+        return {job.name: places[job.tasks[0]] for job in jobs if job.name not in done and job.tasks[0] in places}
+
+    def _ask(self, jobs: Sequence[Job], done: dict[str, str], contributed: bool) -> set[str]:
+        """Give jobs out; results are added to `done`. Returns the names of those that nobody was there for."""
+        if self._gathering is not None:
+            return self._ask_whoever_comes(self._gathering, jobs, done, contributed)
+        assert isinstance(self.workforce, Workforce)
         roster = self._greeted()
         assignments = [(node, job) for job in jobs if (node := self._node_for(job, roster)) is not None]
         lost = [job for job in jobs if self._node_for(job, roster) is None]
@@ -224,6 +306,38 @@ class Federation:
             self.observe.advance(job.name)
 
         self.workforce.perform(assignments, self.run.config.stages.deadline, on_answer)
+        return set()
+
+    def _ask_whoever_comes(
+        self, gathering: Gathering, jobs: Sequence[Job], done: dict[str, str], contributed: bool
+    ) -> set[str]:
+        settings = self.run.config.stages
+        absent: set[str] = set()
+
+        def take(job: Job, answer: JobResult) -> None:
+            done[job.name] = self.take(job, answer)
+            self.observe.advance(job.name)
+
+        def give_up(node: str, job: Job, reason: str, failed: bool) -> None:
+            self._quarantine(node, job, reason)
+            self.observe.advance(job.name)
+            if not failed:
+                absent.add(job.name)
+
+        gathering.work(
+            Stage(
+                jobs=jobs,
+                deadline=settings.deadline,
+                attempts=settings.attempts,
+                silence=settings.silence,
+                patience=settings.patience * settings.deadline,
+                take=take,
+                give_up=give_up,
+                elsewhere=(lambda: tuple(self._places(jobs, done))) if contributed else tuple,
+                alive=self._pulse.alive,
+            )
+        )
+        return absent
 
     def take(self, job: Job, answer: JobResult) -> str:
         """Check a participant's answer, record it, and return its digest.
@@ -234,7 +348,10 @@ class Federation:
         if answer.recipe != job.recipe:
             raise AdapterMismatchError("the answer is for another job")
         manifest = self.admission.admit(job, answer)
-        self.run.ledger.accept(answer, {"steps": job.training.steps, **manifest.metrics})
+        detail = {"steps": job.training.steps, **manifest.metrics}
+        self.run.ledger.accept(answer, detail)
+        told = {**detail, "digest": answer.digest, "seconds": answer.seconds}
+        self.observe.tell(Event(kind="accepted", node=answer.node, name=job.name, detail=told))
         return answer.digest
 
     def node_for(self, job: Job) -> int | None:
@@ -254,8 +371,12 @@ class Federation:
                 self._roster.drop(task)
 
     def _quarantine(self, node: str, job: Job, reason: str) -> None:
-        self.run.ledger.quarantine(node, job.name, reason)
-        self.observe.note(f"quarantined {node}, {job.name}: {reason}")
+        self._shut_out(node, job.name, reason)
+
+    def _shut_out(self, node: str, name: str, reason: str) -> None:
+        self.run.ledger.quarantine(node, name, reason)
+        self.observe.note(f"quarantined {node}, {name}: {reason}")
+        self.observe.tell(Event(kind="quarantined", node=node, name=name, detail={"reason": reason}))
 
     def _quorum(self, stage: str, got: int, asked: int, share: float | None = None) -> None:
         needed = math.ceil(asked * (share or self.run.config.stages.quorum) - 1e-9)
@@ -279,6 +400,7 @@ class Federation:
 
     def _greet(self) -> Roster:
         config = self.run.config
+        assert isinstance(self.workforce, Workforce)
         expected = len(config.tasks.experts) + self.planner.needs_pooled_data
         answers = self.workforce.hello(expected, min(config.stages.deadline, 600.0))
         roster = Roster()
@@ -310,6 +432,15 @@ class Federation:
             if task in self.run.config.tasks.experts:
                 roster.by_task.setdefault(task, node)
 
+    def _let_in(self, hello: Hello) -> str:
+        """Why a participant that comes is refused; empty where it is let in."""
+        reason = self._refusal(hello)
+        if reason:
+            self.run.ledger.quarantine(hello.node, "hello", reason)
+        else:
+            self.run.ledger.append(Entry(event="hello", name=hello.node, detail={"tasks": list(hello.tasks)}))
+        return reason
+
     def _refusal(self, answer: Hello | Failure) -> str:
         from importlib.metadata import version
 
@@ -323,3 +454,7 @@ class Federation:
                 f"expected {self.base.name} with {self.base.digest[:12]}…"
             )
         return ""
+
+
+def _stage_key(name: str, jobs: Sequence[Job]) -> str:
+    return recipe_hash({"stage": name, "jobs": [job.recipe for job in jobs]})

@@ -19,7 +19,18 @@ from seedbed.common.errors import ResumeError, StorageError
 from seedbed.common.jobs import JobResult
 from seedbed.common.manifest import Record
 
-Event = Literal["start", "resume", "hello", "accepted", "quarantined", "combined", "evaluated", "finished", "failed"]
+Event = Literal[
+    "start",
+    "resume",
+    "hello",
+    "accepted",
+    "quarantined",
+    "closed",
+    "combined",
+    "evaluated",
+    "finished",
+    "failed",
+]
 
 
 class Entry(Record):
@@ -89,6 +100,12 @@ class Ledger:
     def of(self, *events: Event) -> Iterator[Entry]:
         """Entries of some kinds, oldest first."""
         return (entry for entry in self.entries if entry.event in events)
+
+    @property
+    def contributed(self) -> list[str] | None:
+        """What had been contributed when the run last finished; None where it has not."""
+        finished = list(self.of("finished"))
+        return [str(one) for one in finished[-1].detail.get("contributed", [])] if finished else None
 
     def _read(self) -> None:
         data = self.path.read_bytes()

@@ -23,7 +23,7 @@ import yaml
 
 from seedbed.common.config import FederationConfig
 from seedbed.common.config_file import dump_config, parse_config
-from seedbed.common.errors import ResumeError, StorageError
+from seedbed.common.errors import AdapterError, ResumeError, StorageError
 from seedbed.common.routing.mixture_file import expert_places
 from seedbed.common.routing.router_file import read_router
 from seedbed.common.storage import DirectoryStore, atomic_write, read_manifest
@@ -97,7 +97,9 @@ class RunDirectory:
         """Give an adapter of the store a readable place, without a second copy where the file system allows links."""
         target = self.adapters / name.replace(":", "-")
         if target.exists():
-            return
+            if _holds(target, digest):
+                return
+            shutil.rmtree(target)  # contributions came or went: the candidate is another one now
         source = self.store.open(digest)
         aside = target.with_name(f".{target.name}.{os.getpid()}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -121,6 +123,13 @@ class _View(RunDirectory):
 
     def publish(self, name: str, digest: str) -> None:
         """Nothing: candidates of several configurations may have one name."""
+
+
+def _holds(directory: Path, digest: str) -> bool:
+    try:
+        return read_manifest(directory).digest == digest
+    except AdapterError:
+        return False
 
 
 def _link_files(source: Path, target: Path) -> None:

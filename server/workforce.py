@@ -11,9 +11,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from seedbed.common.errors import EnvironmentFailure, SeedbedError
@@ -23,6 +24,7 @@ from seedbed.common.wire import RECORD, pack, unpack
 
 Value = TypeVar("Value", bound=Record)
 POLL_SECONDS = 0.2
+_VANISHED = frozenset({ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE, ErrorCode.NODE_UNAVAILABLE})
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _ERROR = re.compile(r"[\w.]*(Error|Exception|Interrupt)\b")
 
@@ -33,8 +35,11 @@ class Failure:
 
     node: int
     reason: str
+    vanished: bool = False
+    """It is gone, or what it was asked is: nobody's fault, and worth asking again."""
 
 
+@runtime_checkable
 class Workforce(Protocol):
     """Participants, addressed by a number that lasts as long as the run."""
 
@@ -147,7 +152,7 @@ class GridWorkforce:
             for reply in self.grid.pull_messages(list(open_messages)):
                 asked = open_messages.pop(reply.metadata.reply_to_message_id, None)
                 if asked is not None:
-                    on_answer(asked, _read(contents[asked][0], reply, kind))
+                    on_answer(asked, read_reply(contents[asked][0], reply, kind))
             if open_messages:
                 self._pause()
         for index in open_messages.values():
@@ -160,9 +165,13 @@ class GridWorkforce:
             )
 
 
-def _read(node: int, reply: Message, kind: type[Value]) -> Value | Failure:
+def read_reply(node: int, reply: Message, kind: type[Value]) -> Value | Failure:
+    """What a node has answered, or why that is no answer."""
     if reply.has_error():
-        return Failure(node, f"raised an error: {_essence(reply.error.reason)}")
+        vanished = reply.error.code in _VANISHED
+        return Failure(
+            node, f"{'is gone' if vanished else 'raised an error'}: {_essence(reply.error.reason)}", vanished
+        )
     try:
         return unpack(kind, reply.content.config_records.get(RECORD))
     except SeedbedError as error:

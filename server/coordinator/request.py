@@ -56,12 +56,12 @@ class CoordinatorRequest:
         """
         if self.keys is not None and not (self.keys / "ca.crt").is_file():
             raise ConfigError(
-                f"{self.keys} is no keys directory: it has no ca.crt", f"Make one: seedbed keys create {self.keys}"
+                f"{self.keys} is no keys directory: it has no ca.crt", f"Make one: seedbed keys init {self.keys}"
             )
         if self.keys is None and not self.insecure and not is_loopback(self.host):
             raise ConfigError(
                 f"without keys nothing listens beyond this machine, and {self.host} is beyond it",
-                "Make keys (seedbed keys create DIR) and pass --keys DIR, or say --insecure in a network that you trust.",
+                "Make keys (seedbed keys init DIR) and pass --keys DIR, or say --insecure in a network that you trust.",
             )
 
 
