@@ -14,6 +14,7 @@ from seedbed.client.spec import TrainSpec
 from seedbed.client.training import Trained
 from seedbed.common import basemodel
 from seedbed.common.adapter import Adapter
+from seedbed.common.compression import compress, transfer_error, transfer_of
 from seedbed.common.manifest import Kind, Manifest, recipe_hash
 from seedbed.common.routing import Mixture, Router
 from seedbed.common.routing.router_file import write_router
@@ -70,12 +71,14 @@ def put_result(output: Path, store: AdapterStore) -> str:
 
 def _write_expert(spec: TrainSpec, index: int, name: str, adapter: Adapter) -> str:
     recipe = recipe_hash({"of": spec.recipe, "expert": index}) if spec.recipe else ""
+    sent, lost = _compressed(spec, adapter)
     manifest = write_adapter(
         spec.output / f"expert-{index:03}",
-        adapter,
+        sent,
         kind="expert",
         task=name,
         recipe=recipe,
+        metrics=lost,
         **_common(spec),
     )
     return manifest.digest
@@ -87,7 +90,18 @@ def _write(
     common = {**_common(spec), "kind": _KINDS[spec.kind], "parents": parents, "recipe": spec.recipe}
     if isinstance(value, Router):
         return write_router(directory, value, names=spec.names, metrics=metrics, **common).digest
-    return write_adapter(directory, value, task=spec.task, metrics=metrics, **common).digest
+    sent, lost = _compressed(spec, value)
+    return write_adapter(directory, sent, task=spec.task, metrics={**metrics, **lost}, **common).digest
+
+
+def _compressed(spec: TrainSpec, adapter: Adapter) -> tuple[Adapter, dict[str, float]]:
+    """The adapter as the job wants it handed in, and what that changed; a router is small and stays as it is."""
+    transfer = transfer_of(spec.kind, spec.training.transfer)
+    if transfer == "float32":
+        return adapter, {}
+    sent = compress(adapter, transfer)
+    error = transfer_error(adapter, sent)
+    return sent, {"transfer_error": error.total, "transfer_error_worst_module": error.worst}
 
 
 def _common(spec: TrainSpec) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from seedbed.common.compression import Transfer, transfer_of
 from seedbed.common.config import BaseModelConfig, LoraSettings, RoutingTuningSettings, TrainingSettings
 from seedbed.common.manifest import BaseIdentity, Manifest, Record, recipe_hash
 from seedbed.common.privacy import PrivacySettings
@@ -114,12 +115,20 @@ class Job(Record):
         return self.experts or ((self.parent,) if self.parent else ())
 
     @property
+    def transfer(self) -> Transfer:
+        """In what its adapters are handed in."""
+        return transfer_of(self.kind, self.training.transfer)
+
+    @property
     def recipe(self) -> str:
         """Hash of everything that determines the trained result. Parts that a job does not have do not enter it."""
         unused = {
             field for field in ("tuning", "experts", "names", "router", "load_balance") if not getattr(self, field)
         }
-        return recipe_hash(self.model_dump(mode="json", exclude={"name", *unused}))
+        described = self.model_dump(mode="json", exclude={"name", *unused})
+        if self.training.transfer == "float32":  # as before there was a choice, so that what was trained is still found
+            del described["training"]["transfer"]
+        return recipe_hash(described)
 
 
 class JobResult(Record):
