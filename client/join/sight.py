@@ -14,6 +14,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 from pydantic import ValidationError
 from rich.console import Console
 from rich.status import Status
@@ -23,6 +24,8 @@ from seedbed.client.progress import JOB_FILE, PROGRESS_FILE, JobNote
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _CONNECTED = re.compile(r"SuperNode ID: (\d+)|Connection successful")
 _AWAY = re.compile(r"Connection attempt failed|Failed to initialize the connection")
+_COMPLAINT = re.compile(r"\[code: \d+\]|\w+(Error|Exception)\b|SSL/TLS")
+"""What Flower prints of why it ends."""
 _EVERY_SECONDS = 15.0
 """Between two lines about the steps of one training."""
 _TAIL_BYTES = 20_000
@@ -43,6 +46,7 @@ class Sight:
         self._seen: dict[str, tuple[str, float]] = self._standing()
         self._told: dict[str, tuple[int, float]] = {}
         self._away = False
+        self._complaint = ""
         self._stack = ExitStack()
         self._status: Status | None = None
         if console.is_terminal:
@@ -67,7 +71,7 @@ class Sight:
             if before != (note.state, note.time):
                 self._seen[name] = (note.state, note.time)
                 self.say(_sentence(note))
-            if note.state == "training":
+            if note.state == "training" and psutil.pid_exists(note.process):
                 running = self._step(name, note, directory) or f"{note.name}: starting"
         if self._status is not None:
             idle = f"connected to {self._where}, waiting for work" if self.connected else f"connecting to {self._where}"
@@ -76,12 +80,16 @@ class Sight:
     def lost(self, code: int | None, pause: float) -> None:
         """The SuperNode has ended by itself."""
         self.connected = False
-        self.say(f"The SuperNode ended with exit code {code}; it is started again in {pause:.0f} s.")
+        reason = f": {self._complaint}" if self._complaint else ""
+        self.say(f"The SuperNode ended with exit code {code}{reason}. It is started again in {pause:.0f} s.")
+        self._complaint = ""
 
     def close(self) -> None:
         self._stack.close()
 
     def _line(self, line: str) -> None:
+        if _COMPLAINT.search(line) is not None:
+            self._complaint = line.strip()[:300].rstrip(".")
         found = _CONNECTED.search(line)
         if found is not None and not self.connected:
             self.connected, self._away = True, False

@@ -184,7 +184,10 @@ class Participant:
         return [sys.executable, "-u", "-m", "seedbed.client.join.supernode", *options, "--node-config", node]
 
     def _environment(self) -> dict[str, str]:
+        # As the first contact: straight to the coordinator, whatever proxy the environment names.
+        direct = ["127.0.0.1", "localhost", "::1", self._contact.address.host, os.environ.get("NO_PROXY", "")]
         environment = {
+            "NO_PROXY": ",".join(filter(None, direct)),
             "PATH": scripts_first(os.environ.get("PATH", os.defpath)),
             "FLWR_HOME": str(self._place.root / "flower"),
             "FLWR_TELEMETRY_ENABLED": "0",
