@@ -57,7 +57,8 @@ class Information:
         with self._lock:
             seen = [_stamp(self.run / name) for name in _FILES]
             if seen != self._seen:
-                self._config, self._info = None, self._read()
+                self._config = None
+                self._info = self._read()
                 self._seen = seen
             return self._info
 
