@@ -27,6 +27,7 @@ FILES = (TENSORS, CONFIG, MANIFEST)
 PREFIX = "base_model.model."
 _KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(\.(?!weight$)[^.]+)?\.weight$")
 _JSON_LIMIT = 20_000_000
+_LONGEST_KEY = 300
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -172,8 +173,10 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not path.is_file():
         raise AdapterFormatError(f"{directory} has no {MANIFEST}", "Only adapters that Seedbed wrote have one.")
-    with storing("read", path):
-        text = path.read_bytes()
+    with storing("read", path), path.open("rb") as file:
+        text = file.read(_JSON_LIMIT + 1)
+    if len(text) > _JSON_LIMIT:
+        raise AdapterFormatError(f"{path} is larger than {_JSON_LIMIT:,} bytes", "Make the adapter again.")
     try:
         manifest = Manifest.model_validate_json(text)
     except ValidationError as error:
@@ -224,6 +227,8 @@ def _pair_keys(tensors: TensorFile) -> dict[str, dict[str, str]]:
                 f"{tensors.path}: tensor {key} is not a LoRA factor of a linear layer",
                 "Seedbed reads plain LoRA: no embeddings, biases, DoRA magnitudes or whole modules.",
             )
+        if len(key) > _LONGEST_KEY:  # patterns are matched against it
+            raise AdapterFormatError(f"{tensors.path}: a tensor's name has {len(key):,} characters", "Rename it.")
         pair = pairs.setdefault(match["module"].removeprefix(PREFIX), {})
         if match["factor"] in pair:
             raise AdapterFormatError(f"{tensors.path}: {pair[match['factor']]} and {key} are one factor, held twice")

@@ -16,6 +16,7 @@ from typing import Any
 
 from seedbed.common.adapter import Adapter
 from seedbed.common.errors import AdapterFormatError
+from seedbed.common.patterns import require_quick
 
 _PLAIN = "Seedbed reads plain LoRA of linear layers; save the adapter without this, or convert it to LoRA first."
 _INIT = "Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...)."
@@ -178,8 +179,9 @@ def _patterns(
     compiled = []
     for text, value in table.items():
         try:
+            require_quick(text)
             pattern = re.compile(rf"(.*\.)?({text})$")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise AdapterFormatError(f"{source}: {key} holds {text!r}, no regular expression: {error}") from None
         if not _is_number(value, valid):
             raise AdapterFormatError(f"{source}: {key} gives {value!r} for {text}, which makes no sense")

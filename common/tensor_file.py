@@ -32,6 +32,8 @@ _FLOAT8_WIDTHS = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_WIDTHS | _FLOAT8_WIDTHS
 """Bytes of one number of every dtype that can be copied."""
 _CHUNK = 1 << 20
+_MOST_AXES, _BEYOND = 16, 1 << 63
+"""Of a shape: so many axes, and no number that a file system could not hold."""
 _AGAIN = "Copy or write the file again."
 
 
@@ -183,8 +185,11 @@ def _check_entry(path: Path, name: str, entry: dict[str, Any], dtypes: frozenset
             f"{path}: tensor {name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}",
             "Seedbed reads unquantized adapters.",
         )
-    first, last = entry["data_offsets"]
-    if not all(type(number) is int and number >= 0 for number in (first, last, *entry["shape"])) or first > last:
+    (first, last), shape = entry["data_offsets"], entry["shape"]
+    # Bounded before anything is multiplied: a product of a million large numbers would never be done.
+    if not isinstance(shape, list) or len(shape) > _MOST_AXES:
+        raise ValueError(name)
+    if not all(type(number) is int and 0 <= number < _BEYOND for number in (first, last, *shape)) or first > last:
         raise ValueError(name)
 
 
