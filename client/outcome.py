@@ -79,6 +79,7 @@ def _write_expert(spec: TrainSpec, index: int, name: str, adapter: Adapter) -> s
         task=name,
         recipe=recipe,
         metrics=lost,
+        int8=_is_int8(spec),
         **_common(spec),
     )
     return manifest.digest
@@ -91,7 +92,13 @@ def _write(
     if isinstance(value, Router):
         return write_router(directory, value, names=spec.names, metrics=metrics, **common).digest
     sent, lost = _compressed(spec, value)
-    return write_adapter(directory, sent, task=spec.task, metrics={**metrics, **lost}, **common).digest
+    return write_adapter(
+        directory, sent, task=spec.task, metrics={**metrics, **lost}, int8=_is_int8(spec), **common
+    ).digest
+
+
+def _is_int8(spec: TrainSpec) -> bool:
+    return transfer_of(spec.kind, spec.training.transfer) == "int8"
 
 
 def _compressed(spec: TrainSpec, adapter: Adapter) -> tuple[Adapter, dict[str, float]]:

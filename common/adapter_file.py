@@ -1,4 +1,9 @@
-"""Reading of PEFT directories that may come from anyone: checked before anything is computed, one module at a time."""
+"""Reading of PEFT directories that may come from anyone: checked before anything is computed, one module at a time.
+
+Beside PEFT's own tensors ``….lora_A.weight`` one form is Seedbed's: ``….lora_A.int8 [r, in]`` with ``….lora_A.scale [r, 1]``
+and ``….lora_B.int8 [out, r]`` with ``….lora_B.scale [1, r]`` (see `compression`), which is expanded as it is read. PEFT does
+not know it, and finds no tensors in it rather than wrong ones; `peft_format.expand_adapter` writes it out for PEFT.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,7 @@ from torch import Tensor
 
 from seedbed.common.adapter import LoraFactors
 from seedbed.common.checks import require_finite
+from seedbed.common.compression import Quantized
 from seedbed.common.errors import AdapterFormatError, AdapterMismatchError
 from seedbed.common.files import storing
 from seedbed.common.manifest import BaseIdentity, Manifest
@@ -25,7 +31,8 @@ from seedbed.common.tensor_file import TensorFile
 TENSORS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "seedbed.json"
 FILES = (TENSORS, CONFIG, MANIFEST)
 PREFIX = "base_model.model."
-_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(\.(?!weight$)[^.]+)?\.weight$")
+_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.int8|(\.(?!weight$)[^.]+)?\.weight)$")
+_INT8, _SCALE = ".int8", ".scale"
 _JSON_LIMIT = 20_000_000
 _LONGEST_KEY = 300
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -55,10 +62,11 @@ class AdapterFile:
         _require_files(directory)
         self.config = _read_json(directory / CONFIG)
         self._peft: PeftConfig = parse_peft_config(self.config, str(directory / CONFIG))
-        self._tensors = TensorFile(directory / TENSORS, max_bytes=max_bytes)
+        self._tensors = TensorFile(directory / TENSORS, max_bytes=max_bytes, int8=True)
         self._keys = _pair_keys(self._tensors)
         for module in self._keys:
             self._check_shapes(module)
+        self._scales = _scale_keys(self._tensors, self._keys)
         self.claimed = read_manifest(directory) if (directory / MANIFEST).exists() else None
         self._found = self._facts()
         self._require_claimed("config_sha256", "rank", "modules", "dtype")
@@ -95,7 +103,7 @@ class AdapterFile:
 
     def dtype(self, module: str) -> torch.dtype:
         """Of the module's factors as `factors` gives them."""
-        return torch.promote_types(*(self._tensors.dtype(key) for key in self._keys[module].values()))
+        return torch.promote_types(self.factor_dtype(module, "A"), self.factor_dtype(module, "B"))
 
     def scaling(self, module: str) -> float:
         return self._peft.scaling_of(module)
@@ -107,17 +115,31 @@ class AdapterFile:
             NonFiniteError: if they hold NaN or infinity.
         """
         dtype = self.dtype(module)
-        A, B = (self._tensors.tensor(self._keys[module][factor]).to(dtype) for factor in "AB")
+        A, B = (self._expanded(self._keys[module][factor]).to(dtype) for factor in "AB")
         factors = LoraFactors(A, B, self.scaling(module))
         require_finite(module, factors)
         return factors
 
     def read_part(self, module: str, factor: Literal["A", "B"], start: int, into: Tensor) -> None:
-        """Rows from `start` on of one factor, unchecked, into a contiguous tensor of the factor's own dtype and width."""
-        self._tensors.read_rows(self._keys[module][factor], start, into)
+        """Rows from `start` on of one factor, unchecked, into a contiguous tensor of `factor_dtype` and the factor's width."""
+        key = self._keys[module][factor]
+        if key not in self._scales:
+            return self._tensors.read_rows(key, start, into)
+        stop = start + into.shape[0]
+        scales = self._tensors.tensor(self._scales[key])
+        part = scales[start:stop] if factor == "A" else scales
+        into.copy_(self._tensors.rows(key, start, stop).to(into.dtype) * part)
 
     def factor_dtype(self, module: str, factor: Literal["A", "B"]) -> torch.dtype:
-        return self._tensors.dtype(self._keys[module][factor])
+        """Of a factor as it is read: integers are expanded to float32."""
+        dtype = self._tensors.dtype(self._keys[module][factor])
+        return torch.float32 if dtype == torch.int8 else dtype
+
+    def _expanded(self, key: str) -> Tensor:
+        tensor = self._tensors.tensor(key)
+        if key not in self._scales:
+            return tensor
+        return Quantized(tensor, self._tensors.tensor(self._scales[key])).expanded()
 
     def prefetch(self, module: str) -> None:
         """Have the system read a module from the disk while something else is computed."""
@@ -221,6 +243,8 @@ def _pair_keys(tensors: TensorFile) -> dict[str, dict[str, str]]:
     """``module -> {"A": key, "B": key}``, sorted by module; every tensor must be one of a pair."""
     pairs: dict[str, dict[str, str]] = {}
     for key in tensors.names:
+        if key.endswith(_SCALE) and f"{key.removesuffix(_SCALE)}{_INT8}" in tensors:
+            continue  # see `_scale_keys`
         match = _KEY.match(key)
         if match is None:
             raise AdapterFormatError(
@@ -240,6 +264,29 @@ def _pair_keys(tensors: TensorFile) -> dict[str, dict[str, str]]:
     if not pairs:
         raise AdapterFormatError(f"{tensors.path} holds no LoRA factors", "Is it an adapter?")
     return dict(sorted(pairs.items()))
+
+
+def _scale_keys(tensors: TensorFile, pairs: dict[str, dict[str, str]]) -> dict[str, str]:
+    """The key of the scales of every factor that is held in integers of 8 bits, checked."""
+    found = {}
+    for factor, key in ((factor, key) for pair in pairs.values() for factor, key in pair.items()):
+        whole = tensors.dtype(key) == torch.int8
+        if whole != key.endswith(_INT8):
+            raise AdapterFormatError(
+                f"{tensors.path}: tensor {key} has dtype {tensors.kind(key)}", "Seedbed reads int8 as it writes it."
+            )
+        if not whole:
+            continue
+        scale = f"{key.removesuffix(_INT8)}{_SCALE}"
+        shape = tensors.shape(key)
+        expected = (shape[0], 1) if factor == "A" else (1, shape[-1])
+        if scale not in tensors or tensors.kind(scale) != "F32" or tensors.shape(scale) != expected:
+            raise AdapterFormatError(
+                f"{tensors.path}: {key} needs {scale} of dtype F32 and shape {list(expected)}",
+                "Fetch or make it again.",
+            )
+        found[key] = scale
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.adapter_file import CONFIG, MANIFEST, PREFIX, TENSORS, dtype_name
 from seedbed.common.checks import is_finite, require_finite, require_finite_metrics
+from seedbed.common.compression import Quantized
 from seedbed.common.errors import AdapterFormatError, NonFiniteError
 from seedbed.common.files import new_directory, write_file
 from seedbed.common.manifest import BaseIdentity, Kind, Manifest
@@ -50,6 +51,27 @@ def new_adapter(
         yield AdapterWriter(aside, modules, tensors)
 
 
+@contextmanager
+def new_int8(directory: Path, modules: Sequence[str]) -> Iterator[AdapterWriter]:
+    """`new_adapter` for factors in integers of 8 bits, all of which come in one `AdapterWriter.add_int8`: scales first, so
+    that wider numbers stand before narrower ones.
+
+    Raises:
+        StorageError: if the directory is already there or the file system refuses.
+        AdapterFormatError: if there are no modules.
+    """
+    if not modules:
+        raise AdapterFormatError("the adapter has no modules, there is nothing to write")
+    names = {
+        f"{PREFIX}{module}.lora_{factor}.{part}": 2
+        for part in ("scale", "int8")
+        for module in modules
+        for factor in "AB"
+    }
+    with new_directory(directory) as aside, TensorWriter(aside / TENSORS, names) as tensors:
+        yield AdapterWriter(aside, modules, tensors)
+
+
 class AdapterWriter:
     """See `new_adapter`: `add` every module in order, then `finish`.
 
@@ -62,6 +84,8 @@ class AdapterWriter:
         self._directory = directory
         self._tensors = tensors
         self._shapes: dict[str, LoraFactors] = {}
+        self._dtype = ""
+        """Of the file, where it is not that of the shapes."""
 
     def add(self, module: str, factors: LoraFactors) -> None:
         """Write the next module's factors; they must not be changed afterwards.
@@ -105,6 +129,24 @@ class AdapterWriter:
             empty = torch.empty(rank, inputs, dtype=dtype), torch.empty(outputs, rank, dtype=dtype)
         self._shapes[module] = LoraFactors(*empty, scaling)
 
+    def add_int8(self, modules: Mapping[str, tuple[Quantized, Quantized, float]]) -> None:
+        """All modules at once, as quantized factors A and B with their scaling, in a file that was begun by `new_int8`.
+
+        Raises:
+            NonFiniteError: if a scale is NaN or infinite.
+        """
+        for module, (A, B, _) in modules.items():
+            for factor, matrix in (("A", A), ("B", B)):
+                for part in _finite(f"{PREFIX}{module}.lora_{factor}", [matrix.scales]):
+                    self._tensors.add(f"{PREFIX}{module}.lora_{factor}.scale", part)
+        for module, (A, B, scaling) in modules.items():
+            for factor, matrix in (("A", A), ("B", B)):
+                values = matrix.values.contiguous()
+                self._tensors.add_parts(f"{PREFIX}{module}.lora_{factor}.int8", "I8", values.shape, [values])
+            wide = [matrix.values.to(device="meta", dtype=torch.float32) for matrix in (A, B)]
+            self._shapes[module] = LoraFactors(wide[0], wide[1], scaling)
+        self._dtype = "int8"
+
     def finish(
         self,
         *,
@@ -134,7 +176,7 @@ class AdapterWriter:
             config_sha256=hashlib.sha256(configuration).hexdigest(),
             rank=max(factors.rank for factors in adapter.values()),
             modules=len(adapter),
-            dtype=dtype_name(factors.A.dtype for factors in adapter.values()),
+            dtype=self._dtype or dtype_name(factors.A.dtype for factors in adapter.values()),
             parents=tuple(parents),
             task=task,
             recipe=recipe,

@@ -16,8 +16,9 @@ from typing import Any
 
 from seedbed.common.adapter import Adapter
 from seedbed.common.adapter_file import AdapterFile
-from seedbed.common.adapter_writer import file_order, new_adapter
+from seedbed.common.adapter_writer import file_order, new_adapter, new_int8
 from seedbed.common.checks import require_base
+from seedbed.common.compression import quantized
 from seedbed.common.errors import AdapterMismatchError
 from seedbed.common.manifest import BaseIdentity, Kind, Manifest
 
@@ -69,6 +70,7 @@ def write_adapter(
     metrics: Mapping[str, float] | None = None,
     versions: Mapping[str, str] | None = None,
     base_model_name_or_path: str | None = None,
+    int8: bool = False,
 ) -> Manifest:
     """Write a new PEFT directory, aside and then renamed, so that it is whole or not there.
 
@@ -76,6 +78,7 @@ def write_adapter(
         directory: must not exist.
         adapter: at least one module, of ranks 1 or more.
         base_model_name_or_path: what PEFT should load as the base model; the base's name if not given.
+        int8: in Seedbed's own quantized form instead, which `read_adapter` expands and PEFT does not know.
         kind, base, parents, task, recipe, settings, metrics, versions: as in the manifest; versions are those of the
             installed software if not given.
 
@@ -87,17 +90,50 @@ def write_adapter(
         AdapterFormatError: if the adapter has no modules or a module has rank 0.
         NonFiniteError: if a module or a metric is NaN or infinite.
     """
+    facts: dict[str, Any] = {
+        "kind": kind,
+        "base": base,
+        "parents": parents,
+        "task": task,
+        "recipe": recipe,
+        "settings": settings,
+        "metrics": metrics,
+        "versions": versions,
+        "base_model_name_or_path": base_model_name_or_path,
+    }
+    if int8:
+        with new_int8(directory, sorted(adapter)) as new:
+            new.add_int8(
+                {
+                    name: (quantized(factors.A, "rows"), quantized(factors.B, "columns"), factors.scaling)
+                    for name, factors in adapter.items()
+                }
+            )
+            return new.finish(**facts)
     with new_adapter(directory, file_order({name: module.A.dtype for name, module in adapter.items()}), adapter) as new:
         for name in new.modules:
             new.add(name, adapter[name])
-        return new.finish(
-            kind=kind,
-            base=base,
-            parents=parents,
-            task=task,
-            recipe=recipe,
-            settings=settings,
-            metrics=metrics,
-            versions=versions,
-            base_model_name_or_path=base_model_name_or_path,
-        )
+        return new.finish(**facts)
+
+
+def expand_adapter(source: Path, directory: Path) -> Manifest:
+    """Write an adapter that is held in int8 as an ordinary PEFT directory, in float32, so that any program can load it.
+
+    It is another adapter to a store, with a digest of its own: its manifest names the quantized one as its parent.
+
+    Raises:
+        AdapterError: see `read_adapter`.
+        StorageError: if the directory is already there or the file system refuses.
+    """
+    file = AdapterFile(source)
+    adapter, manifest = read_adapter(source)
+    return write_adapter(
+        directory,
+        adapter,
+        kind=manifest.kind,
+        base=manifest.base,
+        parents=(manifest.digest,),
+        task=manifest.task,
+        settings={"expanded_from": manifest.digest},
+        base_model_name_or_path=str(file.config.get("base_model_name_or_path") or manifest.base.name),
+    )

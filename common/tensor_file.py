@@ -27,6 +27,8 @@ HEADER_LIMIT = 100_000_000
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What adapters are made of."""
+_TORCH = DTYPES | {"I8": torch.int8}
+"""What tensors can be made of: integers only where a file is opened for them."""
 _OTHER_WIDTHS = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _FLOAT8_WIDTHS = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 WIDTHS = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_WIDTHS | _FLOAT8_WIDTHS
@@ -44,13 +46,16 @@ class TensorFile:
         path: the file.
         max_bytes: refuse a larger file before reading it.
         any_dtype: also take dtypes whose numbers are only copied, such as integers.
+        int8: also take integers of 8 bits, as quantized adapters have them.
 
     Raises:
         AdapterFormatError: if it is truncated, malformed, too large, or holds other than floating-point numbers.
         StorageError: if it cannot be read.
     """
 
-    def __init__(self, path: Path, *, max_bytes: int | None = None, any_dtype: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, max_bytes: int | None = None, any_dtype: bool = False, int8: bool = False
+    ) -> None:
         self.path = path
         with storing("read", path):
             self._handle = os.open(path, os.O_RDONLY)
@@ -60,7 +65,7 @@ class TensorFile:
             raise AdapterFormatError(
                 f"{path}: expected at most {max_bytes:,} bytes, got {self.size:,}", "Use a lower rank."
             )
-        self._start, self._header = self._read_header(WIDTHS if any_dtype else DTYPES)
+        self._start, self._header = self._read_header(WIDTHS if any_dtype else _TORCH if int8 else DTYPES)
         self._hash, self._hashed = hashlib.sha256(), 0
 
     @property
@@ -78,7 +83,7 @@ class TensorFile:
         return str(self._header[name]["dtype"])
 
     def dtype(self, name: str) -> torch.dtype:
-        return DTYPES[self.kind(name)]
+        return _TORCH[self.kind(name)]
 
     def span(self, name: str) -> tuple[int, int]:
         """First byte of a tensor in the file, and the one after its last."""

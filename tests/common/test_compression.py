@@ -10,9 +10,11 @@ import torch
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.compression import compress, quantized, transfer_error
 from seedbed.common.config import LoraSettings, TrainingSettings
+from seedbed.common.errors import AdapterFormatError, NonFiniteError
 from seedbed.common.jobs import Job
 from seedbed.common.manifest import BaseIdentity
-from seedbed.common.storage import AdapterFile, read_adapter, write_adapter
+from seedbed.common.peft_format import expand_adapter
+from seedbed.common.storage import AdapterFile, DirectoryStore, read_adapter, write_adapter
 
 BASE = BaseIdentity(name="base", digest="0" * 64)
 
@@ -135,3 +137,81 @@ RECIPE_OF_BEFORE = "ad985765e4babca5aa769b044575ca5fa65e821d87a3c5ae0658c17d220e
 def test_a_seed_is_never_cut_to_int8_since_everybody_trains_on_from_it() -> None:
     assert job(transfer="int8").transfer == "int8"
     assert job(transfer="int8").model_copy(update={"kind": "seed"}).transfer == "bfloat16"
+
+
+# --- the form of int8 on disk ------------------------------------------------------------------------------------------
+
+
+def wide_adapter() -> Adapter:
+    return adapter().map(lambda f: LoraFactors(f.A.repeat(1, 50), f.B.repeat(50, 1), f.scaling))
+
+
+def test_int8_quarters_the_file_and_is_expanded_as_it_is_read(tmp_path: Path) -> None:
+    exact = wide_adapter()
+    write_adapter(tmp_path / "full", exact, kind="expert", base=BASE)
+    manifest = write_adapter(tmp_path / "quarter", exact, kind="expert", base=BASE, int8=True)
+    sizes = [(tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("full", "quarter")]
+    assert sizes[1] < 0.3 * sizes[0]
+    assert (manifest.dtype, manifest.rank, manifest.modules) == ("int8", 8, 2)
+    read, again = read_adapter(tmp_path / "quarter")
+    assert again == manifest
+    sent = compress(exact, "int8")
+    for name in exact:
+        assert torch.equal(read[name].A, sent[name].A)
+        assert torch.equal(read[name].B, sent[name].B)
+        assert read[name].scaling == exact[name].scaling
+
+
+def test_parts_of_rows_are_expanded_like_the_whole(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "a", adapter(), kind="expert", base=BASE, int8=True)
+    file = AdapterFile(tmp_path / "a")
+    whole = file.factors("b")
+    assert file.dtype("b") == file.factor_dtype("b", "A") == torch.float32
+    for factor, matrix in (("A", whole.A), ("B", whole.B)):
+        part = torch.empty(3, matrix.shape[1])
+        file.read_part("b", factor, 2, part)  # type: ignore[arg-type]
+        assert torch.equal(part, matrix[2:5])
+
+
+def test_a_store_takes_int8_and_the_expanded_one_loads_in_peft(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    write_adapter(tmp_path / "a", adapter(), kind="expert", base=BASE, task="addition", int8=True)
+    store = DirectoryStore(tmp_path / "store")
+    digest = store.put(tmp_path / "a")
+    manifest = expand_adapter(store.open(digest), tmp_path / "ordinary")
+    assert (manifest.dtype, manifest.task, manifest.parents) == ("float32", "addition", (digest,))
+    tensors = load_file(tmp_path / "ordinary/adapter_model.safetensors")
+    assert torch.equal(tensors["base_model.model.a.lora_A.weight"], compress(adapter(), "int8")["a"].A)
+    assert all(name.endswith(".weight") for name in tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"base_model.model.a.lora_A.scale": None}, "needs base_model.model.a.lora_A.scale"),
+        ({"base_model.model.a.lora_A.scale": torch.ones(1, 4)}, r"of dtype F32 and shape \[4, 1\]"),
+        ({"base_model.model.a.lora_B.scale": torch.ones(1, 4).half()}, r"of dtype F32 and shape \[1, 4\]"),
+        ({"base_model.model.a.lora_A.int8": torch.ones(4, 30)}, "has dtype F32"),
+        ({"base_model.model.c.lora_A.scale": torch.ones(4, 1)}, "is not a LoRA factor"),
+    ],
+)
+def test_int8_that_is_not_as_it_should_be_is_refused(
+    tmp_path: Path, change: dict[str, torch.Tensor | None], reason: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    write_adapter(tmp_path / "a", adapter(), kind="expert", base=BASE, int8=True)
+    (tmp_path / "a/seedbed.json").unlink()
+    path = tmp_path / "a/adapter_model.safetensors"
+    changed = {name: value for name, value in {**load_file(path), **change}.items() if value is not None}
+    save_file(changed, path)
+    with pytest.raises(AdapterFormatError, match=reason):
+        AdapterFile(tmp_path / "a")
+
+
+def test_a_scale_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    bad = adapter().map(lambda f: LoraFactors(f.A * float("inf"), f.B, f.scaling))
+    with pytest.raises(NonFiniteError):
+        write_adapter(tmp_path / "a", bad, kind="expert", base=BASE, int8=True)
+    assert not (tmp_path / "a").exists()
