@@ -80,7 +80,10 @@ def keys_rotate(
     """
     folder = Authority.load(directory).rotate(name, days=days, hosts=hosts, new_node_key=new_node_key)
     if name == SERVER:
-        _say(console, f"{folder}: a new certificate, the old one is revoked. Restart the coordinator with --resume.")
+        _say(
+            console,
+            f"{folder}: a new certificate. Gateway and registry take it up by themselves, the SuperLink when it is restarted.",
+        )
         return
     _say(console, f"{folder}: a new certificate, the old one is revoked. Hand the folder to {name} again.")
     if new_node_key:
