@@ -1,0 +1,53 @@
+"""The most telling faults of the matrix, on real federations with TLS; all of them by `make faults` (see `table.py`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import clock
+import pytest
+from faults import ALL, KINDS, POSSIBLE, STAGES, TARGETS, Cell
+from journey import Journey, in_order, undisturbed
+
+EXPECTED = {
+    Cell("training", "kill -9", "seed"): {"survived"},
+    Cell("client", "kill -9", "expert"): {"survived"},
+    Cell("superlink", "kill -9", "combine"): {"survived"},
+    Cell("coordinator", "kill -9", "evaluate"): {"resumed"},
+    Cell("registry", "kill -9", "seed"): {"survived"},
+    Cell("coordinator", "SIGTERM", "expert"): {"resumed"},
+    Cell("client", "corrupt reply", "seed"): {"refused"},
+    Cell("registry", "slow network", "expert"): {"survived"},
+    Cell("coordinator", "kill -9", "combine"): {"resumed"},
+    Cell("client", "clock skew", "seed"): {"survived"},
+    Cell("client", "duplicate reply", "expert"): {"survived"},
+    Cell("superlink", "SIGTERM", "evaluate"): {"survived"},
+}
+"""What becomes of each."""
+JOURNEYS = [list(EXPECTED)[start : start + 4] for start in range(0, len(EXPECTED), 4)]
+
+
+@pytest.fixture(scope="session")
+def digests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return undisturbed(tmp_path_factory.mktemp("undisturbed") / "logs")
+
+
+@pytest.mark.parametrize("cells", JOURNEYS, ids=lambda cells: " ".join(map(str, cells)).replace(" ", "-"))
+def test_a_federation_that_is_hit_ends_with_the_digests_of_an_undisturbed_one(
+    cells: list[Cell], digests: dict[str, str], tmp_path: Path
+) -> None:
+    if any(cell.kind == "clock skew" for cell in cells) and clock.reason_not_to():
+        cells = [cell for cell in cells if cell.kind != "clock skew"]
+    outcomes = Journey(in_order(cells), digests, tmp_path / "logs").run()
+    for cell in cells:
+        assert cell in outcomes, f"{cell} was not done: {outcomes}"
+        assert outcomes[cell].verdict in EXPECTED[cell], f"{cell}: {outcomes[cell]}"
+
+
+def test_every_combination_is_done_or_has_a_reason_why_it_cannot_be() -> None:
+    assert len(ALL) == len(TARGETS) * len(KINDS) * len(STAGES) == 160
+    assert all(cell.nonsense for cell in ALL if cell not in POSSIBLE)
+    for target in TARGETS:
+        for kind in KINDS[:3]:
+            stages = [cell.stage for cell in POSSIBLE if (cell.target, cell.kind) == (target, kind)]
+            assert stages == list(STAGES if target != "training" else STAGES[:2]), "kills and hangs can hit anything"
