@@ -345,6 +345,8 @@ class Federation:
         Raises:
             SeedbedError: if it is not what was asked for.
         """
+        if answer.error:
+            raise SeedbedError(answer.error, answer.hint)
         if answer.recipe != job.recipe:
             raise AdapterMismatchError("the answer is for another job")
         manifest = self.admission.admit(job, answer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from seedbed.common.errors import EnvironmentFailure, SeedbedError
+from seedbed.common.errors import ConfigError, EnvironmentFailure, SeedbedError
 from seedbed.server.coordinator.control import SuperLinkControl
 
 _GONE = "unregistered"
@@ -35,21 +35,18 @@ class Members:
                 self._apply(wanted)
                 self._known = wanted
             self._complaint = ""
-        except (SeedbedError, OSError, ValueError) as error:
+        except (SeedbedError, OSError) as error:
             told = error.message if isinstance(error, SeedbedError) else str(error)
             if told != self._complaint:
                 self._say(f"the keys directory cannot be followed: {told}")
             self._complaint = told
 
-    def again(self) -> None:
-        """The SuperLink was started again: look whether it still knows everybody."""
-        self._known = None
-
     def _apply(self, wanted: dict[str, bytes]) -> None:
         inside = {node.public_key: node.node_id for node in self.control.nodes() if node.status != _GONE}
         for name, key in wanted.items():
-            if key not in inside and self.control.register(key, name):
-                self._say(f"{name} may join")
+            if key not in inside:
+                let_in = self.control.register(key, name)
+                self._say(f"{name} may join" if let_in else f"{name} was shut out for good: it needs new keys")
         for key, node in inside.items():
             if key not in wanted.values():
                 try:
@@ -65,8 +62,14 @@ def pem(path: Path) -> bytes:
     """A public key in OpenSSH format as the SuperLink wants it.
 
     Raises:
-        ValueError: if it is none.
+        ConfigError: if it is none.
+        OSError: if the file cannot be read.
     """
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_ssh_public_key
 
-    return load_ssh_public_key(path.read_bytes()).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    try:
+        key = load_ssh_public_key(path.read_bytes())
+    except (ValueError, UnsupportedAlgorithm):
+        raise ConfigError(f"{path} is no public key", "Make the participant's keys again.") from None
+    return key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from seedbed.common.errors import ConfigError
@@ -45,7 +45,7 @@ class CoordinatorRequest:
     quiet: bool = False
     linger: float = 0.0
     command: str = ""
-    patience: float = field(default=60.0)
+    patience: float = 180.0
     """Seconds that a process may take to start."""
 
     def require_safe(self) -> None:

@@ -21,7 +21,7 @@ from seedbed.server.coordinator.services import Service
 _ATTEMPTS = 5
 """Submissions in a row that end without anything having been accepted."""
 _STATUS_SECONDS = 2.0
-_START_SECONDS = 90.0
+_START_SECONDS = 300.0
 """How long a submitted run may take until the ServerApp is there."""
 
 
@@ -84,6 +84,7 @@ class Submission:
 
     def _submit(self) -> None:
         self.number += 1
+        (self.root / PRESENCE).unlink(missing_ok=True)  # of an earlier coordinator, that counted from one, too
         settings = {**self._settings, "seedbed-submission": self.number}
         self._run = self.control.start(self._app, settings)
         self._generation = self.superlink.starts
@@ -115,6 +116,7 @@ class Submission:
         run, self._run = self._run, None
         if run is not None and self._generation == self.superlink.starts:
             self.control.stop(run)
+            self._end_remains()
         pause = self._backoff.after(time.monotonic() - self._submitted)
         self._not_before = time.monotonic() + pause
         if self._backoff.failures >= _ATTEMPTS:
@@ -122,6 +124,17 @@ class Submission:
                 f"the run was lost {self._backoff.failures} times in a row: {why}",
                 f"See {self._log.path}, then continue with --resume.",
             )
+
+    def again(self) -> None:
+        """Submit the run once more, though it has ended."""
+        self._run, self._not_before = None, 0.0
+
+    def _end_remains(self) -> None:
+        """A ServerApp that starts after all would be at work in the run directory beside the next one."""
+        for process in self.superlink.child.descendants() if self.superlink.child is not None else []:
+            with contextlib.suppress(psutil.Error):
+                if any("flwr-serverapp" in word for word in process.cmdline()[:2]):
+                    process.kill()
 
 
 def _runs(pid: int) -> bool:
@@ -182,6 +195,12 @@ class Supervisor:
                 self.submission_tick()
             time.sleep(0.1)
         return self._outcome
+
+    def again(self) -> Outcome:
+        """Have a run that has finished looked at once more, until it has finished or failed again."""
+        self._outcome = None
+        self.submission.again()
+        return self.run()
 
     def tick(self) -> None:
         """Services and events."""

@@ -20,9 +20,11 @@ from seedbed.common.config_file import load_config
 from seedbed.common.errors import ConfigError, ResumeError, SeedbedError
 from seedbed.common.events import EventLog
 from seedbed.common.files import storing
+from seedbed.common.manifest import BaseIdentity
 from seedbed.common.processes import RotatingLog, free_port
 from seedbed.server.candidates import resolve
 from seedbed.server.conductor import open_setting
+from seedbed.server.contributions import state_of
 from seedbed.server.coordinator.bundle import write_bundle
 from seedbed.server.coordinator.control import SuperLinkControl
 from seedbed.server.coordinator.members import Members
@@ -32,6 +34,7 @@ from seedbed.server.coordinator.supervision import Outcome, Submission, Supervis
 from seedbed.server.evaluation import results as records
 from seedbed.server.evaluation.results import Results
 from seedbed.server.observer import Observer, Silent, replay
+from seedbed.server.plan import Planner
 
 
 class Interrupted(BaseException):
@@ -54,10 +57,9 @@ def run_coordinator(request: CoordinatorRequest, console: Console, observe: Obse
         Interrupted: by Ctrl-C or SIGTERM.
     """
     request.require_safe()
-    config = load_config(request.source, request.overrides)
-    require_deployable(config)
-    root = (request.out or Path("runs") / config.name).resolve()
     observe = observe or Silent()
+    config = deployable(load_config(request.source, request.overrides), observe.note)
+    root = (request.out or Path("runs") / config.name).resolve()
     with _alone(root), _interruptible():
         _prepare(request, config, root)
         supervisor = _supervisor(request, root, console, observe)
@@ -66,7 +68,7 @@ def run_coordinator(request: CoordinatorRequest, console: Console, observe: Obse
             _hand_out(request, supervisor, console)
             outcome = supervisor.run()
             _sum_up(outcome)
-            _linger(supervisor, request.linger, console)
+            _linger(supervisor, root, request.linger, console)
         except Interrupted:
             console.print("\nInterrupted. Nothing accepted is lost: continue with --resume.", highlight=False)
             raise
@@ -76,23 +78,40 @@ def run_coordinator(request: CoordinatorRequest, console: Console, observe: Obse
     return records.load(root)
 
 
-def require_deployable(config: FederationConfig) -> None:
-    """Refuse what only a simulation can do.
+def deployable(config: FederationConfig, say: Callable[[str], None]) -> FederationConfig:
+    """The federation without the controls that need the data of all tasks in one place, which only a simulation has.
+
+    Args:
+        say: is told what is left out.
 
     Raises:
-        ConfigError: naming the candidates that need the data of all tasks in one place.
+        ConfigError: if nothing is left, or the seed or a router is to be trained by somebody who holds a public sample.
     """
-    pooled = [
+    pooled = {
         candidate.name
         for candidate in resolve(config)
         if candidate.role == "joint" or (candidate.routing is not None and candidate.routing.kind == "molora")
+    }
+    for name in sorted(pooled):
+        say(f"candidate '{name}' is left out: it needs the data of all tasks in one place")
+    kept = [
+        entry for entry, name in zip(config.combine.candidates, config.combine.names, strict=True) if name not in pooled
     ]
-    if pooled:
-        rest = [name for name in config.combine.names if name not in pooled]
+    if not kept:
         raise ConfigError(
-            f"candidate '{pooled[0]}' needs the data of all tasks in one place, which only a simulation has",
-            f"Leave it out of combine.candidates: {', '.join(rest)}.",
+            f"candidate '{min(pooled)}' needs the data of all tasks in one place, which only a simulation has",
+            "Name others in combine.candidates, such as average.",
         )
+    combine = config.combine.model_copy(update={"candidates": tuple(kept)})
+    found = config.model_copy(update={"combine": combine})
+    if Planner(found, BaseIdentity(name="")).needs_pooled_data:
+        setting = "seed.mode" if config.seed.mode == "public" else "combine.routing.mode"
+        raise ConfigError(
+            f"{setting} is 'public': nobody among the participants holds the public sample",
+            f"Set {setting} to federated"
+            + (", or simulate the seed and give it with seed.mode given." if setting == "seed.mode" else "."),
+        )
+    return found
 
 
 def _prepare(request: CoordinatorRequest, config: FederationConfig, root: Path) -> None:
@@ -169,16 +188,22 @@ def outcome_error(outcome: Outcome) -> SeedbedError:
     return kind(outcome.reason, outcome.hint)
 
 
-def _linger(supervisor: Supervisor, seconds: float, console: Console) -> None:
-    """Go on serving, so that collaborators can fetch the result, until the time is over or the user has enough."""
+def _linger(supervisor: Supervisor, root: Path, seconds: float, console: Console) -> None:
+    """Go on serving, so that collaborators can fetch the result, until the time is over or the user has enough.
+
+    What they contribute or withdraw meanwhile is combined, evaluated and reported.
+    """
     if seconds <= 0:
         return
-    until = time.monotonic() + seconds
+    until, known = time.monotonic() + seconds, state_of(root)
     console.print("The federation has ended; its registry goes on serving. Ctrl-C ends it.", highlight=False)
     try:
         while time.monotonic() < until:
             supervisor.tick()
-            time.sleep(0.2)
+            if (now := state_of(root)) != known:
+                known = now
+                _sum_up(supervisor.again())
+            time.sleep(0.5)
     except Interrupted:
         return
 

@@ -120,7 +120,7 @@ def test_sigterm_ends_all_with_a_word_and_a_second_coordinator_is_refused(
     running: Callable[..., Coordinator], tmp_path: Path
 ) -> None:
     coordinator = running()
-    assert until(lambda: bool(events(coordinator.out, "note")), 120), coordinator.said
+    assert until(lambda: bool(events(coordinator.out, "stage")), 280), coordinator.said
     second = running()
     assert second.wait(60) == 10
     assert "another coordinator is at work" in second.said

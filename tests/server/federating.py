@@ -88,7 +88,7 @@ class Coordinator:
     def said(self) -> str:
         return (self.out.parent / "coordinator.out").read_text(encoding="utf-8")
 
-    def wait(self, seconds: float = 280.0) -> int:
+    def wait(self, seconds: float = 500.0) -> int:
         """Its exit code."""
         return self.process.wait(seconds)
 
@@ -119,7 +119,7 @@ def processes_of(out: Path, *words: str) -> list[psutil.Process]:
     return found
 
 
-def until(condition: Callable[[], bool], seconds: float = 200.0) -> bool:
+def until(condition: Callable[[], bool], seconds: float = 400.0) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if condition():
