@@ -176,7 +176,7 @@ def test_the_same_requests_do_reach_the_superlink_on_its_own_port(house: House) 
     for target in ("/v1/control/start-run", "/v1/control/register-node", "/v1/control/list-nodes"):
         answer = post(house, house.superlink, target)
         assert not is_refused(answer)
-        assert b" 404 " not in answer.split(b"\r\n")[0], answer
+        assert b'{"detail":"Not Found"}' not in answer  # a route that is there, whatever it thinks of the request
     house.superlink_says.until(lambda text: "/v1/control/start-run" in text)
 
 
