@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 _EXECUTOR = "flower-superexec"
-_POLL_SECONDS = 1.0
+_POLL_SECONDS = 5.0
 LOST = 75
 """Exit code of a SuperNode that has lost what it needs and is worth starting again."""
 
