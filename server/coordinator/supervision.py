@@ -150,7 +150,7 @@ class Supervisor:
     Args:
         services: in the order in which they are started; the SuperLink is the first.
         on_event: gets every event of the run.
-        every: called about every two seconds while the SuperLink serves.
+        every: called about every two seconds while the SuperLink serves, and once before `start` returns.
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class Supervisor:
                 service.tick()
             missing = [service.name for service in self.services if not service.ready]
             if not missing:
-                return
+                return self._every()
             if time.monotonic() > end:
                 raise EnvironmentFailure(
                     f"the {missing[0]} does not serve after {patience:.0f} s", "See the coordinator's log."

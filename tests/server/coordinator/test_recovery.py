@@ -39,7 +39,7 @@ def running(tmp_path: Path) -> Iterator[Callable[..., Coordinator]]:
 
 
 def nothing_is_left(out: Path) -> bool:
-    return until(lambda: not processes_of(out), 20)
+    return until(lambda: not processes_of(out), 60)
 
 
 def nothing_was_done_twice(out: Path) -> bool:
@@ -64,7 +64,7 @@ def test_a_federation_comes_to_its_report_and_leaves_nothing_running(undisturbed
 def test_a_finished_federation_is_summed_up_again_without_participants(undisturbed: Path) -> None:
     before = digests(undisturbed)
     coordinator = Coordinator(undisturbed)
-    assert coordinator.wait(120) == 0
+    assert coordinator.wait() == 0
     assert digests(undisturbed) == before
 
 
@@ -122,10 +122,10 @@ def test_sigterm_ends_all_with_a_word_and_a_second_coordinator_is_refused(
     coordinator = running()
     assert until(lambda: bool(events(coordinator.out, "stage")), 280), coordinator.said
     second = running()
-    assert second.wait(60) == 10
+    assert second.wait(300) == 10
     assert "another coordinator is at work" in second.said
     coordinator.process.send_signal(signal.SIGTERM)
-    assert coordinator.wait(30) == 143
+    assert coordinator.wait(120) == 143
     assert "continue with --resume" in coordinator.said
     assert f"seedbed join 127.0.0.1:{coordinator.port} --task FILE" in coordinator.said
     assert "Traceback" not in coordinator.said
