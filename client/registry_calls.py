@@ -149,7 +149,7 @@ def _reason(error: grpc.RpcError, address: str) -> str:
         SeedbedError: if none will.
     """
     details = (error.details() or "").strip()
-    metadata = dict(error.trailing_metadata() or ())
+    metadata: dict[str, Any] = {entry.key: entry.value for entry in error.trailing_metadata() or ()}
     if ERROR_KEY in metadata:
         kind = _KINDS.get(metadata[ERROR_KEY].decode("utf-8", "replace"), EnvironmentFailure)
         raise kind(details, metadata.get(HINT_KEY, b"").decode("utf-8", "replace")) from None

@@ -148,7 +148,7 @@ def _credentials(keys: Path) -> grpc.ServerCredentials:
     """Certificates on both sides. The server's own is read again when it has changed, so that it can be rotated."""
     certificates = _Certificates(keys)
     return grpc.dynamic_ssl_server_credentials(
-        certificates.configuration(), certificates.changed, require_client_authentication=True
+        certificates.configuration(), certificates.current, require_client_authentication=True
     )
 
 
@@ -162,17 +162,13 @@ class _Certificates:
         key, certificate, authority = self._read
         return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=authority)
 
-    def changed(self) -> grpc.ServerCertificateConfiguration | None:
-        """The new configuration, if there is one; asked at every connection."""
+    def current(self) -> grpc.ServerCertificateConfiguration:
+        """What to answer the next connection with. Files that are being replaced leave it as it was."""
         with self._lock:
             try:
-                now = self._contents()
+                self._read = self._contents()
             except EnvironmentFailure as error:
                 _LOG.warning("%s", error.message)
-                return None
-            if now == self._read:
-                return None
-            self._read = now
             return self.configuration()
 
     def _contents(self) -> tuple[bytes, ...]:
