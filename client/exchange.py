@@ -17,10 +17,12 @@ from seedbed.client.registry import RegistryClient
 from seedbed.client.registry_store import RegistryStore
 from seedbed.common.adapter_file import AdapterFile
 from seedbed.common.basemodel import cache_dir, smollm2_directory
+from seedbed.common.compression import INT8
 from seedbed.common.embedded import MODEL_DIR
 from seedbed.common.errors import ConfigError, StorageError, nearest
 from seedbed.common.files import new_directory
 from seedbed.common.manifest import Manifest
+from seedbed.common.peft_format import expand_adapter
 from seedbed.common.registry import Contribution, FederationInfo
 from seedbed.common.routing.mixture_file import expert_places
 from seedbed.common.routing.router_file import read_router
@@ -136,12 +138,21 @@ def withdraw(digest: str, host: str, keys: Path | None, console: Console, *, ins
 
 def _bring(client: RegistryClient, digest: str, out: Path, on_bytes: Callable[[int, int], None]) -> Manifest:
     """An adapter, or a mixture's router with its experts in the folders that it is read from."""
-    client.fetch(digest, out, on_bytes) if not _is_router(client, digest) else _bring_mixture(client, digest, out)
+    known = next((one for one in client.manifests() if one.digest == digest), None)
+    if known is not None and known.kind == "router":
+        _bring_mixture(client, digest, out)
+    elif known is not None and known.dtype == INT8:
+        _bring_expanded(client, digest, out, on_bytes)
+    else:
+        client.fetch(digest, out, on_bytes)
     return read_manifest(out)
 
 
-def _is_router(client: RegistryClient, digest: str) -> bool:
-    return any(one.digest == digest and one.kind == "router" for one in client.manifests())
+def _bring_expanded(client: RegistryClient, digest: str, out: Path, on_bytes: Callable[[int, int], None]) -> None:
+    """One that travels in a form which only Seedbed reads, as what any PEFT program loads."""
+    with tempfile.TemporaryDirectory(prefix="seedbed-", dir=out.absolute().parent) as aside:
+        client.fetch(digest, Path(aside) / "int8", on_bytes)
+        expand_adapter(Path(aside) / "int8", out)
 
 
 def _bring_mixture(client: RegistryClient, digest: str, out: Path) -> None:
@@ -190,7 +201,7 @@ def _tell_contributed(
 
 
 def _options(host: str, keys: Path | None, *, insecure: bool) -> str:
-    return " ".join([host, *(["--keys", str(keys)] if keys else []), *(["--insecure"] if insecure else [])])
+    return " ".join(["--host", host, *(["--keys", str(keys)] if keys else []), *(["--insecure"] if insecure else [])])
 
 
 def _say(console: Console, text: str) -> None:

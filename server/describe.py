@@ -16,6 +16,8 @@ from seedbed.server.plan import Planner
 
 Shapes = Mapping[str, tuple[int, int]]
 _BYTES = 4
+_TRANSFER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+"""Of one number; int8's scales are one float32 for each rank's direction, which is little beside it."""
 """Adapters are trained and sent in float32."""
 
 
@@ -92,23 +94,26 @@ class Sizes:
     """Bytes of what travels through the store."""
 
     adapter: int
+    handed_in: int
+    """The same in the form in which experts travel."""
     router_row: int
     """What one expert adds to a router."""
 
     @classmethod
     def of(cls, shapes: Shapes, config: FederationConfig) -> Sizes:
         rows = _BYTES * sum(inputs + 1 for _, inputs in shapes.values())
-        return cls(adapter_bytes(shapes, config.lora.rank), rows)
+        whole = adapter_bytes(shapes, config.lora.rank)
+        return cls(whole, whole // _BYTES * _TRANSFER_BYTES[config.training.transfer], rows)
 
     def moved(self, job: Job) -> int:
         """What one job fetches and hands in."""
         if job.kind == "gate":
-            return self.adapter + self.router_row
+            return self.handed_in + self.router_row
         if job.kind == "router":
-            return len(job.experts) * (self.adapter + self.router_row * (2 if job.parent else 1))
+            return len(job.experts) * (self.handed_in + self.router_row * (2 if job.parent else 1))
         if job.kind == "molora":
-            return len(job.names) * (self.adapter + self.router_row)
-        return self.adapter * (2 if job.parent else 1)
+            return len(job.names) * (self.handed_in + self.router_row)
+        return self.handed_in + (self.adapter if job.parent else 0)
 
 
 def plan_tables(config: FederationConfig, shapes: Shapes | None, tests: Mapping[str, int] | None) -> Group:

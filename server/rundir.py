@@ -21,9 +21,11 @@ from pathlib import Path
 
 import yaml
 
+from seedbed.common.compression import INT8
 from seedbed.common.config import FederationConfig
 from seedbed.common.config_file import dump_config, parse_config
 from seedbed.common.errors import AdapterError, ResumeError, StorageError
+from seedbed.common.peft_format import expand_adapter
 from seedbed.common.routing.mixture_file import expert_places
 from seedbed.common.routing.router_file import read_router
 from seedbed.common.storage import DirectoryStore, atomic_write, read_manifest
@@ -103,8 +105,11 @@ class RunDirectory:
         source = self.store.open(digest)
         aside = target.with_name(f".{target.name}.{os.getpid()}")
         shutil.rmtree(aside, ignore_errors=True)
-        _link_files(source, aside)
         manifest = read_manifest(source)
+        if manifest.dtype == INT8:  # no other program reads that form
+            expand_adapter(source, aside)
+        else:
+            _link_files(source, aside)
         if manifest.kind == "router":  # whole only with its experts
             _, names, _ = read_router(source)
             for place, parent in zip(expert_places(names), manifest.parents, strict=True):
@@ -127,9 +132,10 @@ class _View(RunDirectory):
 
 def _holds(directory: Path, digest: str) -> bool:
     try:
-        return read_manifest(directory).digest == digest
+        manifest = read_manifest(directory)
     except AdapterError:
         return False
+    return digest in (manifest.digest, manifest.settings.get("expanded_from"))
 
 
 def _link_files(source: Path, target: Path) -> None:

@@ -26,8 +26,9 @@ from seedbed.client.join.supervise import Supervisor, scripts_first
 from seedbed.client.join.tasks import parse_tasks
 from seedbed.client.preflight.material import local_base, require_identity
 from seedbed.client.preflight.verb import PreflightRequest, preflight
-from seedbed.common.errors import EnvironmentFailure
+from seedbed.common.errors import ConfigError, EnvironmentFailure
 from seedbed.common.jobs import DataSource, Node
+from seedbed.common.privacy import PrivacySettings
 from seedbed.common.registry import FederationInfo
 
 _TICK_SECONDS = 1.0
@@ -63,6 +64,32 @@ class JoinRequest:
     """Leave when the federation has ended."""
     wait: float = 0.0
     """Seconds to try a first contact for."""
+    clip: float | None = None
+    """With `noise_multiplier`: the norm that an update is clipped to before noise is added, see `common.privacy`."""
+    noise_multiplier: float | None = None
+    """Standard deviation of the noise, in units of `clip`."""
+    delta: float = 1e-5
+    """The δ at which ε is stated."""
+    checkpoint_seconds: float = 300.0
+    """Seconds between two checkpoints of a training; 0 is one after every step."""
+
+    @property
+    def privacy(self) -> PrivacySettings | None:
+        """How this participant protects its updates; none hands them in as they are.
+
+        Raises:
+            ConfigError: if the settings make no sense.
+        """
+        if self.clip is None and self.noise_multiplier is None:
+            return None
+        if self.clip is None or self.noise_multiplier is None:
+            raise ConfigError("privacy needs both a clipping norm and noise", "Give --clip and --noise-multiplier.")
+        if not (self.clip > 0 and self.noise_multiplier > 0 and 0 < self.delta < 1):
+            raise ConfigError(
+                f"clip {self.clip}, noise multiplier {self.noise_multiplier} and delta {self.delta} make no sense",
+                "The first two are above 0, delta is between 0 and 1.",
+            )
+        return PrivacySettings(clip=self.clip, noise_multiplier=self.noise_multiplier, delta=self.delta)
 
 
 def join(request: JoinRequest, console: Console) -> None:
@@ -84,10 +111,11 @@ def join(request: JoinRequest, console: Console) -> None:
     contact = Contact(address, keys, insecure=request.insecure)
     sources = parse_tasks(request.tasks, request.general)
     gpus = parse_gpus(request.gpus)
+    privacy = request.privacy  # refused before anything is written
     place = Place.of(name, request.work)
     place.make()
     with exclusive(place.root / "join.lock", f"has joined as '{name}'", 0.0), _signals() as stopped:
-        participant = Participant(request, contact, place, name, sources, gpus)
+        participant = Participant(request, contact, place, name, sources, gpus, privacy)
         info, away = _first_contact(contact, place, request.wait, console, stopped)
         if stopped.number is None:
             _look_ahead(request, console, away=away)
@@ -108,9 +136,10 @@ class Participant:
         name: str,
         sources: tuple[DataSource, ...],
         gpus: tuple[str, ...] | None,
+        privacy: PrivacySettings | None,
     ) -> None:
         self._request, self._contact, self._place, self._name = request, contact, place, name
-        self._sources, self._gpus = sources, gpus
+        self._sources, self._gpus, self._privacy = sources, gpus, privacy
         self._info: FederationInfo | None = None
 
     def settle(self, info: FederationInfo) -> None:
@@ -133,6 +162,8 @@ class Participant:
             data=self._sources,
             registry=self._contact.registry(info, self._name),
             gpus=self._gpus,
+            checkpoint_seconds=self._request.checkpoint_seconds,
+            privacy=self._privacy,
         )
         self._place.write_node(node)
         self._place.remember(Memory(address=str(self._contact.address), info=info))

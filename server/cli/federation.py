@@ -40,7 +40,7 @@ def coordinator(
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without keys.")] = False,
     linger: Annotated[
         float, typer.Option(metavar="SECONDS", help="Serve so long after the end; -1: until interrupted.")
-    ] = 0.0,
+    ] = 10.0,
     quiet: Quiet = False,
 ) -> None:
     """Launch a federation: wait for participants, lead them through it, evaluate, report. Continue it with --resume."""
@@ -85,6 +85,14 @@ def join(
     insecure: Insecure = False,
     once: Annotated[bool, typer.Option("--once", help="Leave when the federation has ended.")] = False,
     wait: Annotated[float, typer.Option(metavar="SECONDS", help="Try a first contact for so long.")] = 0.0,
+    clip: Annotated[
+        float | None, typer.Option(help="Differential privacy: norm to clip updates to.", show_default=False)
+    ] = None,
+    noise_multiplier: Annotated[
+        float | None, typer.Option(help="Differential privacy: noise, in units of --clip.", show_default=False)
+    ] = None,
+    delta: Annotated[float, typer.Option(help="Differential privacy: where epsilon is stated.")] = 1e-5,
+    checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Time between checkpoints of a training.")] = 300.0,
     quiet: Quiet = False,
 ) -> None:
     """Take part with GPUs (or a CPU): trains when it is asked, reconnects for ever, and goes on where it was."""
@@ -103,6 +111,10 @@ def join(
         insecure=insecure,
         once=once,
         wait=wait,
+        clip=clip,
+        noise_multiplier=noise_multiplier,
+        delta=delta,
+        checkpoint_seconds=checkpoint_seconds,
     )
     run_join(request, Console(quiet=quiet))
 
