@@ -13,6 +13,7 @@ import argparse
 import fnmatch
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -42,6 +43,7 @@ _GROUPS: dict[str, Callable[[Cell], object]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run what is missing, and print the table; 1 where a cell failed or could not be done."""
     options = _options(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left running
     store = options.resume or options.json or Path(tempfile.gettempdir()) / "seedbed-faults.json"
     found = _load(store) if options.resume or options.show else {}
     wanted = [cell for cell in POSSIBLE if fnmatch.fnmatch(str(cell), options.only)]

@@ -48,7 +48,8 @@ SETTINGS = (
 )
 _LINGER = 300
 _END_SECONDS = 60.0
-_POLL = 0.02
+_RESTART_SECONDS = 5.0
+"""At most so often a participant is started again, as by systemd."""
 
 
 class TooLongError(AssertionError):
@@ -99,8 +100,7 @@ class World:
         self.clients: dict[str, subprocess.Popen[bytes]] = {}
         self.starts: Counter[str] = Counter()
         self.leaving = False
-        self.held: set[str] = set()
-        """Participants that are not started again for now."""
+        self._started: dict[str, float] = {}
         self._environment = {
             **os.environ,
             MARK: self.mark,
@@ -140,6 +140,7 @@ class World:
 
     def _spawn(self, name: str, arguments: list[str]) -> subprocess.Popen[bytes]:
         self.starts[name] += 1
+        self._started[name] = time.monotonic()
         (self.root / "logs").mkdir(exist_ok=True)
         with self._log(name).open("wb") as log:
             return subprocess.Popen(
@@ -251,12 +252,13 @@ class World:
 
     def tend(self) -> None:
         """What a service manager does: a participant that has ended is started again, unless the federation has ended."""
+        now = time.monotonic()
         for name, process in list(self.clients.items()):
-            if process.poll() is not None and not self.leaving and name not in self.held:
+            if process.poll() is not None and not self.leaving and now - self._started[name] > _RESTART_SECONDS:
                 self.start_client(name)
 
-    def wait(self, condition: Callable[[], object], seconds: float, what: str) -> None:
-        """Wait until something is so.
+    def wait(self, condition: Callable[[], object], seconds: float, what: str, poll: float = 0.2) -> None:
+        """Wait until something is so, looking every `poll` seconds.
 
         Raises:
             TooLongError: if it does not become so.
@@ -265,7 +267,7 @@ class World:
         while not condition():
             if time.monotonic() > end:
                 raise TooLongError(f"waited {seconds:.0f} s in vain for {what}")
-            time.sleep(_POLL)
+            time.sleep(poll)
 
     def wait_for_end(self, seconds: float) -> int | None:
         """Until the run has finished (None), or the coordinator has ended (its exit code).
@@ -274,13 +276,10 @@ class World:
             TooLongError: if neither happens.
         """
         assert self.coordinator is not None
-        coordinator, looked = self.coordinator, 0.0
+        coordinator = self.coordinator
 
         def over() -> bool:
-            nonlocal looked
-            if time.monotonic() - looked > 0.5:
-                looked = time.monotonic()
-                self.tend()
+            self.tend()
             return coordinator.poll() is not None or self.finished()
 
         self.wait(over, seconds, "the end of the federation")
