@@ -60,7 +60,6 @@ class Submission:
         self._generation = 0
         self._submitted = self._looked = self._not_before = 0.0
         self._backoff = Backoff(first=1.0, longest=30.0, steady=120.0)
-        self._accepted = 0
 
     def heard(self, event: Event) -> None:
         """Progress makes earlier failures forgotten."""
@@ -84,7 +83,10 @@ class Submission:
 
     def _submit(self) -> None:
         self.number += 1
-        (self.root / PRESENCE).unlink(missing_ok=True)  # of an earlier coordinator, that counted from one, too
+        here = self._last_presence()
+        if here is not None:  # left by a SuperLink that was killed, it would be at work beside the new one
+            _end_serverapp(here.pid)
+        (self.root / PRESENCE).unlink(missing_ok=True)  # an earlier coordinator counted from one, too
         settings = {**self._settings, "seedbed-submission": self.number}
         self._run = self.control.start(self._app, settings)
         self._generation = self.superlink.starts
@@ -98,18 +100,22 @@ class Submission:
         elif present is None and time.monotonic() - self._submitted > _START_SECONDS:
             self._lost("the ServerApp does not start")
         elif present is None:
+            state, more = "", ""
             with contextlib.suppress(EnvironmentFailure):  # the SuperLink is looked after elsewhere
                 state, more = self.control.status(run)
-                if state == ENDED:
-                    self._lost(f"Flower ended the run: {more}")
+            if state == ENDED:
+                self._lost(f"Flower ended the run: {more}")
 
     def _presence(self) -> bool | None:
         """Whether the ServerApp of this submission runs; None where it has not come yet."""
+        here = self._last_presence()
+        return _runs(here.pid) if here is not None and here.submission == self.number else None
+
+    def _last_presence(self) -> Presence | None:
         try:
-            here = Presence.model_validate_json((self.root / PRESENCE).read_bytes())
+            return Presence.model_validate_json((self.root / PRESENCE).read_bytes())
         except (OSError, ValidationError):
             return None
-        return _runs(here.pid) if here.submission == self.number else None
 
     def _lost(self, why: str) -> None:
         self._log.write("coordinator", f"the run is lost: {why}")
@@ -132,9 +138,16 @@ class Submission:
     def _end_remains(self) -> None:
         """A ServerApp that starts after all would be at work in the run directory beside the next one."""
         for process in self.superlink.child.descendants() if self.superlink.child is not None else []:
-            with contextlib.suppress(psutil.Error):
-                if any("flwr-serverapp" in word for word in process.cmdline()[:2]):
-                    process.kill()
+            _end_serverapp(process.pid)
+
+
+def _end_serverapp(pid: int) -> None:
+    """Kill a process if it is a ServerApp, and wait until it is gone; its number may be another's by now."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        if any("flwr-serverapp" in word for word in process.cmdline()[:2]):
+            process.kill()
+            process.wait(10)
 
 
 def _runs(pid: int) -> bool:

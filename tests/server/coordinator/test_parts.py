@@ -11,6 +11,7 @@ from village import config
 
 from seedbed.common.errors import ConfigError, EnvironmentFailure, QuorumError, ResumeError
 from seedbed.common.processes import RotatingLog
+from seedbed.server.coordinator import supervision
 from seedbed.server.coordinator.control import RegisteredNode
 from seedbed.server.coordinator.members import Members
 from seedbed.server.coordinator.request import CoordinatorRequest
@@ -184,3 +185,38 @@ def _public_key(path: Path) -> None:
 
     key = ec.generate_private_key(ec.SECP384R1()).public_key()
     path.write_bytes(key.public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
+
+
+class Refusing:
+    """A SuperLink that ends every run before its ServerApp has come."""
+
+    def __init__(self) -> None:
+        self.started = 0
+
+    def start(self, app: Path, settings: object) -> int:
+        self.started += 1
+        return self.started
+
+    def stop(self, run: int) -> None: ...
+
+    def status(self, run: int) -> tuple[str, str]:
+        return "finished", "failed: no such app"
+
+
+def test_a_run_that_is_lost_again_and_again_ends_the_coordinator_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervision, "_STATUS_SECONDS", 0.0)
+    control, log = Refusing(), RotatingLog(tmp_path / "log")
+    run = supervision.Submission(tmp_path, control, service(tmp_path, ""), tmp_path, {}, log)  # type: ignore[arg-type]
+    run._backoff.first = 0.01
+    with pytest.raises(EnvironmentFailure, match=r"lost 5 times in a row: Flower ended the run: failed: no such app"):
+        _look_after(run)
+    assert control.started == 5
+
+
+def _look_after(run: supervision.Submission) -> None:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        run.tick()
+        time.sleep(0.01)
