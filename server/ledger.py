@@ -65,10 +65,7 @@ class Ledger:
         """Write one entry and wait until the disk has it."""
         stamped = entry.model_copy(update={"time": time.time()})
         try:
-            with self.path.open("ab") as file:
-                file.write(stamped.model_dump_json(exclude_defaults=True).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            self._write(stamped.model_dump_json(exclude_defaults=True).encode() + b"\n")
         except OSError as error:
             raise StorageError(
                 f"the ledger {self.path} cannot be written: {error.strerror}", "Free some space."
@@ -106,6 +103,21 @@ class Ledger:
         """What had been contributed when the run last finished; None where it has not."""
         finished = list(self.of("finished"))
         return [str(one) for one in finished[-1].detail.get("contributed", [])] if finished else None
+
+    def _write(self, line: bytes) -> None:
+        """All of a line or nothing: what a full disk has torn would spoil the next line, too."""
+        handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            end = os.fstat(handle).st_size
+            try:
+                while line:
+                    line = line[os.write(handle, line) :]
+                os.fsync(handle)
+            except OSError:
+                os.ftruncate(handle, end)
+                raise
+        finally:
+            os.close(handle)
 
     def _read(self) -> None:
         data = self.path.read_bytes()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from seedbed.common.errors import ResumeError
+from seedbed.common.errors import ResumeError, StorageError
 from seedbed.common.jobs import JobResult
 from seedbed.server.ledger import Entry, Ledger
 
@@ -52,3 +52,22 @@ def test_a_quarantine_is_not_an_acceptance(tmp_path: Path) -> None:
     assert ledger.accepted("k") is None
     assert ledger.accepted("k", "combined") is not None
     assert [entry.reason for entry in ledger.of("quarantined")] == ["NaN"]
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_line_leaves_the_ledger_whole(tmp_path: Path) -> None:
+    import resource
+
+    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.append(Entry(event="start", name="demo"))
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))  # room for a part of the next line
+    try:
+        with pytest.raises(StorageError, match="cannot be written"):
+            ledger.append(Entry(event="accepted", name="expert:addition", key="k"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    ledger.append(Entry(event="failed", reason="the disk was full"))
+    assert [entry.event for entry in Ledger(path).entries] == ["start", "failed"]
