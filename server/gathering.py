@@ -19,7 +19,9 @@ from seedbed.server.plan import PUBLIC, PUBLIC_ROUTER
 from seedbed.server.workforce import Failure
 
 _GREETING_SECONDS = 30.0
-"""How long a greeting may stay unanswered before it is sent again."""
+"""How long a greeting may stay unanswered before it is sent again; twice as long after each further one."""
+_GREETING_LASTS = 600.0
+"""For so long an answer to it counts: on a busy machine the process that answers takes minutes to start."""
 _MISSING_SECONDS = 60.0
 """How often it is said again whom the stage waits for."""
 
@@ -66,7 +68,8 @@ class Gathering:
     """Who is here and was let in."""
     names: dict[int, str] = field(default_factory=dict)
     """Also of those who are gone."""
-    _greeted: dict[int, float] = field(default_factory=dict)
+    _greeted: dict[int, tuple[float, float]] = field(default_factory=dict)
+    """When a node was greeted last, and how long that may stay unanswered."""
     _refused: set[int] = field(default_factory=set)
 
     def work(self, stage: Stage) -> None:
@@ -97,9 +100,10 @@ class Gathering:
         for node in [node for node in (*self.members, *self._refused) if node not in present]:
             self._part(node, desk)
         for node in sorted(present - self.members.keys() - self._refused):
-            if now - self._greeted.get(node, float("-inf")) >= _GREETING_SECONDS:
-                self._greeted[node] = now
-                self.exchange.greet(node, _GREETING_SECONDS)
+            last, wait = self._greeted.get(node, (float("-inf"), 0.0))
+            if now - last >= wait:
+                self._greeted[node] = now, 2 * wait or _GREETING_SECONDS
+                self.exchange.greet(node, _GREETING_LASTS)
 
     def _part(self, node: int, desk: Assignments) -> None:
         self._greeted.pop(node, None)
@@ -118,6 +122,8 @@ class Gathering:
             self._judge(answer.node, answer.job, answer.value, desk, stage)
 
     def _meet(self, node: int, value: Hello | JobResult | Failure, desk: Assignments) -> None:
+        if not self._is_new(node):  # it was greeted twice, and answers twice
+            return
         if not isinstance(value, Hello):
             if isinstance(value, Failure) and not value.vanished:
                 self._refuse(node, str(node), value.reason)
@@ -177,7 +183,8 @@ class Gathering:
         """Whom the stage waits for: said when that changes, and now and then."""
         missing, now = desk.missing(), self.exchange.now()
         before, last = told
-        greeting = any(now - when < _GREETING_SECONDS for node, when in self._greeted.items() if self._is_new(node))
+        new = [when for node, (when, _) in self._greeted.items() if self._is_new(node)]
+        greeting = any(now - when < _GREETING_SECONDS for when in new)
         if greeting or (missing == last and (not missing or now - before < _MISSING_SECONDS)):
             return told
         if missing:

@@ -22,6 +22,8 @@ class Node:
     there: Sequence[tuple[float, float]] = ((0, float("inf")),)
     takes: float = 1.0
     """Seconds until it answers."""
+    greets: float = 0.0
+    """Seconds until it says who it is."""
     asked: list[str] = field(default_factory=list)
 
     def is_there(self, now: float) -> bool:
@@ -45,7 +47,9 @@ class ScriptedExchange:
 
     def greet(self, node: int, seconds: float) -> None:
         self.log.append((self.clock, node, "hello"))
-        self._coming.append((self.clock, Answer(node, None, self.nodes[node].hello)))
+        one = self.nodes[node]
+        if one.greets <= seconds:
+            self._coming.append((self.clock + one.greets, Answer(node, None, one.hello)))
 
     def ask(self, node: int, job: Job, seconds: float) -> None:
         self.log.append((self.clock, node, job.name))

@@ -95,6 +95,18 @@ def test_whoever_comes_late_is_greeted_and_takes_part(tmp_path: Path) -> None:
     assert "waiting for participants that bring: b" in listener.notes
 
 
+def test_whoever_takes_long_to_say_who_it_is_takes_part_and_joins_once(tmp_path: Path) -> None:
+    run = open_federation(tmp_path)
+    work, listener = trains(run), Listener()
+    slow = Node(hello("two", "b"), work, greets=40)
+    exchange = ScriptedExchange({1: Node(hello("one", "a"), work), 2: slow})
+    assert "expert:b" in conduct(run, exchange, listener)
+    assert [when for when, node in exchange.asked("hello") if node == 2] == [0, 30]
+    assert exchange.asked("seed:b:round-1") == [(40, 2)]
+    joined = [event for event in listener.of("node") if event.node == "two" and event.detail["state"] == "joined"]
+    assert len(joined) == 1, "though it answers both greetings"
+
+
 def test_a_seed_goes_on_without_the_one_that_comes_only_for_its_expert(tmp_path: Path) -> None:
     run = open_federation(tmp_path, quorum=0.5)
     work = trains(run)
