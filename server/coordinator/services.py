@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from seedbed.server.coordinator.request import host_port
 
 _FAILED_STARTS = 4
 """So many ends before it was ever ready, and it is given up."""
+_CHECK_SECONDS, _PATIENCE = 10.0, 120.0
+"""How often a process that serves is asked whether it lives, and how long it may leave that unanswered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,8 @@ class Layout:
     superlink_port: int
     keys: Path | None
     insecure: bool
+    health_port: int = 0
+    """Where the registry answers, on loopback, whether it lives; 0 is nowhere."""
 
     @property
     def superlink(self) -> str:
@@ -65,7 +70,8 @@ class Layout:
         return [*command, "--ssl-ca-certfile", str(self.keys / "ca.crt"), "--enable-supernode-auth"]
 
     def registry_command(self, port: int) -> list[str]:
-        return [*self._module("registry", port), *self._keys()]
+        health = ["--health-port", str(self.health_port)] if self.health_port else []
+        return [*self._module("registry", port), *health, *self._keys()]
 
     def gateway_command(self, port: int, registry_port: int) -> list[str]:
         upstream = f"{'http' if self.keys is None else 'https'}://{self.superlink}"
@@ -80,6 +86,42 @@ class Layout:
         return ["--keys", str(self.keys)] if self.keys is not None else ["--insecure"] if self.insecure else []
 
 
+class Watch:
+    """Whether somebody hangs: asked now and then in a thread, since one that hangs may not answer that either.
+
+    Args:
+        alive: asks; may take its time.
+        check: seconds between two questions.
+        patience: seconds without an answer after which it hangs.
+    """
+
+    def __init__(self, alive: Callable[[], bool], check: float, patience: float) -> None:
+        self._alive, self._check, self._patience = alive, check, patience
+        self._asking: threading.Thread | None = None
+        self.begin()
+
+    def begin(self) -> None:
+        """It was started just now."""
+        self._answered = self._asked = self._called = time.monotonic()
+
+    def hangs(self) -> bool:
+        """To be called several times a second."""
+        now = time.monotonic()
+        if now - self._called > self._patience / 2:  # it was us who stood still
+            self.begin()
+        self._called = now
+        idle = self._asking is None or not self._asking.is_alive()
+        if idle and now - self._asked >= self._check:
+            self._asked = now
+            self._asking = threading.Thread(target=self._ask, name="is it alive", daemon=True)
+            self._asking.start()
+        return now - self._answered > self._patience
+
+    def _ask(self) -> None:
+        if self._alive():
+            self._answered = time.monotonic()
+
+
 class Service:
     """One process that is started again whenever it ends.
 
@@ -88,6 +130,8 @@ class Service:
         command: its command line for a port.
         port: that it shall listen on; 0 is a free one, which it then keeps over restarts.
         ready: whether it serves; where none is given, it is when it has printed ``{"event": "listening", "port": N}``.
+        alive: whether it answers; one that serves and has not answered for `patience` seconds is ended. Asked every `check`
+            seconds, in a thread of its own.
     """
 
     def __init__(
@@ -98,6 +142,9 @@ class Service:
         log: RotatingLog,
         environment: Mapping[str, str],
         ready: Callable[[], bool] | None = None,
+        alive: Callable[[], bool] | None = None,
+        check: float = _CHECK_SECONDS,
+        patience: float = _PATIENCE,
     ) -> None:
         self.name = name
         self.port = port
@@ -109,6 +156,7 @@ class Service:
         self._not_before = 0.0
         self._listening = self._was_ready = False
         self._last_words: list[str] = []
+        self._watch = Watch(alive, check, patience) if alive is not None else None
 
     @property
     def ready(self) -> bool:
@@ -126,6 +174,9 @@ class Service:
         Raises:
             EnvironmentFailure: if it ends again and again without ever having been ready.
         """
+        if self.child is not None and self._listening and self._watch is not None and self._watch.hangs():
+            self._log.write("coordinator", f"{self.name} does not answer: it is ended")
+            self.child.kill()
         if self.child is not None and self.child.poll() is not None:
             self._bury(self.child)
         if self.child is None and time.monotonic() >= self._not_before:
@@ -144,6 +195,8 @@ class Service:
 
     def _start(self) -> None:
         self._listening = False
+        if self._watch is not None:
+            self._watch.begin()
         self.starts += 1
         self._log.write("coordinator", f"{'starting' if self.starts == 1 else 'starting again'}: {self.name}")
         self.child = Child(

@@ -21,6 +21,8 @@ from seedbed.server.coordinator.services import Service
 _ATTEMPTS = 5
 """Submissions in a row that end without anything having been accepted."""
 _STATUS_SECONDS = 2.0
+_ASK_SECONDS = 20.0
+"""How often the SuperLink is asked about a run whose ServerApp is there: it ends the run of one that hangs."""
 _START_SECONDS = 300.0
 """How long a submitted run may take until the ServerApp is there."""
 
@@ -58,7 +60,8 @@ class Submission:
         self._app, self._settings, self._log = app, settings, log
         self._run: int | None = None
         self._generation = 0
-        self._submitted = self._looked = self._not_before = 0.0
+        self._submitted = self._looked = self._asked = self._not_before = 0.0
+        self._ended = False
         self._backoff = Backoff(first=1.0, longest=30.0, steady=120.0)
 
     def heard(self, event: Event) -> None:
@@ -90,7 +93,8 @@ class Submission:
         settings = {**self._settings, "seedbed-submission": self.number}
         self._run = self.control.start(self._app, settings)
         self._generation = self.superlink.starts
-        self._submitted = self._looked = time.monotonic()
+        self._submitted = self._looked = self._asked = time.monotonic()
+        self._ended = False
         self._log.write("coordinator", f"submitted the run ({self.number}) as Flower's run {self._run}")
 
     def _look(self, run: int) -> None:
@@ -99,11 +103,14 @@ class Submission:
             self._lost("the ServerApp has ended")
         elif present is None and time.monotonic() - self._submitted > _START_SECONDS:
             self._lost("the ServerApp does not start")
-        elif present is None:
+        elif present is None or time.monotonic() - self._asked > _ASK_SECONDS:
+            self._asked = time.monotonic()
             state, more = "", ""
             with contextlib.suppress(EnvironmentFailure):  # the SuperLink is looked after elsewhere
                 state, more = self.control.status(run)
-            if state == ENDED:
+            before, self._ended = self._ended, state == ENDED
+            # A ServerApp that has done its work is there for a moment longer; one that hangs stays.
+            if self._ended and (present is None or before):
                 self._lost(f"Flower ended the run: {more}")
 
     def _presence(self) -> bool | None:

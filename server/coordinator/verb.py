@@ -28,6 +28,7 @@ from seedbed.server.contributions import state_of
 from seedbed.server.coordinator.bundle import write_bundle
 from seedbed.server.coordinator.control import SuperLinkControl
 from seedbed.server.coordinator.members import Members
+from seedbed.server.coordinator.pulse import gateway_lives, registry_lives
 from seedbed.server.coordinator.request import GATEWAY_PORT, CoordinatorRequest, host_port
 from seedbed.server.coordinator.services import Layout, Service
 from seedbed.server.coordinator.supervision import Outcome, Submission, Supervisor
@@ -122,17 +123,35 @@ def _prepare(request: CoordinatorRequest, config: FederationConfig, root: Path) 
 
 def _supervisor(request: CoordinatorRequest, root: Path, console: Console, observe: Observer) -> Supervisor:
     keys = request.keys.resolve() if request.keys is not None else None
-    layout = Layout(root, request.host, free_port(), keys, request.insecure)
+    layout = Layout(root, request.host, free_port(), keys, request.insecure, health_port=free_port())
     layout.directory.mkdir(exist_ok=True)
     log = RotatingLog(root / "logs" / "coordinator.log")
     environment = layout.environment()
     control = SuperLinkControl(layout.superlink, layout.ca)
     superlink = Service(
-        "superlink", layout.superlink_command, layout.superlink_port, log, environment, ready=control.ready
+        "superlink",
+        layout.superlink_command,
+        layout.superlink_port,
+        log,
+        environment,
+        ready=control.ready,
+        alive=control.ready,
     )
-    registry = Service("registry", layout.registry_command, request.registry_port or free_port(), log, environment)
+    registry = Service(
+        "registry",
+        layout.registry_command,
+        request.registry_port or free_port(),
+        log,
+        environment,
+        alive=lambda: registry_lives(layout.health_port),
+    )
     gateway = Service(
-        "gateway", lambda port: layout.gateway_command(port, registry.port), request.port, log, environment
+        "gateway",
+        lambda port: layout.gateway_command(port, registry.port),
+        request.port,
+        log,
+        environment,
+        alive=lambda: gateway_lives(layout.host, gateway.port, secure=keys is not None),
     )
     events = EventLog(root / "events.jsonl")
     offset = events.path.stat().st_size if events.path.exists() else 0
