@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := common server client tests
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench faults clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.run
@@ -29,6 +29,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python tests/bench/bench_files.py --json .bench/files.json
 	$(BIN)/python tests/bench/bench_routing.py --json .bench/routing.json
 	$(BIN)/python tests/bench/bench_scoring.py --json .bench/scoring.json
+	$(BIN)/python tests/bench/bench_registry.py --json .bench/registry.json
+
+faults: $(VENV)/.dev
+	mkdir -p .bench
+	$(BIN)/python tests/faults/table.py --resume .bench/faults.json
 
 # torch comes first and alone: the other packages' looser ranges must not choose another build.
 $(VENV)/.torch: constraints.txt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import typer
@@ -62,6 +63,7 @@ app.add_typer(model_app, name="model")
 
 def main() -> None:
     """Run the command line; every refusal is one sentence and a next step, with the exit code of its kind."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its own words about a failed handshake: ours are a sentence
     try:
         app(standalone_mode=True)
     except SeedbedError as error:
