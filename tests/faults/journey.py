@@ -99,6 +99,8 @@ class Journey:
     logs: Path
     hits: list[Hit] = field(default_factory=list)
     resumes: list[str] = field(default_factory=list)
+    trouble: str = ""
+    """What was wrong in the end."""
 
     def run(self) -> dict[Cell, Outcome]:
         """Do it.
@@ -111,15 +113,15 @@ class Journey:
             self._open(Path(stack.enter_context(place)), stack)
             try:
                 self._go()
-                trouble = self._trouble()
+                self.trouble = self._trouble()
             except (TooLongError, OSError, psutil.Error) as error:
-                trouble = f"{type(error).__name__}: {error}"
+                self.trouble = f"{type(error).__name__}: {error}"
             finally:
                 for hit in self.hits:
                     self._heal(hit, now=True)
-            if trouble:
+            if self.trouble:
                 self.world.copy_logs(self.logs)
-            return self._outcomes(trouble)
+            return self._outcomes(self.trouble)
 
     def _open(self, root: Path, stack: contextlib.ExitStack) -> None:
         kinds = {cell.kind for cell in self.cells}

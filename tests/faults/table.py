@@ -66,7 +66,10 @@ def _run(group: list[Cell], found: dict[Cell, Outcome], store: Path, logs: Path,
         began = time.monotonic()
         console.print(f"{time.strftime('%H:%M:%S')} {', '.join(map(str, cells))}", highlight=False)
         where = logs / str(cells[0]).replace("/", "-").replace(" ", "")
-        outcomes = Journey(cells, _undisturbed(store, logs), where).run()
+        journey = Journey(cells, _undisturbed(store, logs), where)
+        outcomes = journey.run()
+        if journey.trouble:
+            console.print(f"  {journey.trouble}", highlight=False, markup=False)
         tries.update(cells)
         for cell, outcome in outcomes.items():
             outcome.seconds = round(time.monotonic() - began, 1)

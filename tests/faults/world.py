@@ -47,7 +47,7 @@ SETTINGS = (
     "stages.deadline=400",
 )
 _LINGER = 300
-_END_SECONDS = 60.0
+_END_SECONDS = 120.0
 _RESTART_SECONDS = 5.0
 """At most so often a participant is started again, as by systemd."""
 
