@@ -63,7 +63,7 @@ class Hit:
     accepted: dict[str, str]
     """What the ledger held then: digests by recipe."""
     names: frozenset[str]
-    heal: Callable[[], None] | None = None
+    heal: Callable[[], object] | None = None
     """Ends a fault that lasts; until when it does, is `until`."""
     until: float = 0.0
     proof: Callable[[], str] | None = None

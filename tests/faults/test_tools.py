@@ -13,6 +13,9 @@ from pathlib import Path
 
 import clock
 import pytest
+import table
+from faults import POSSIBLE, STAGES, Cell
+from journey import Outcome
 from way import Way
 
 from seedbed.common.processes import free_port
@@ -89,3 +92,25 @@ def test_a_clock_is_moved_in_one_kind_of_process_alone(tmp_path: Path) -> None:
     assert abs(time_of("bystander")) < 100
     clocks.shift("client", 0)
     assert abs(time_of("client")) < 100
+
+
+def test_the_table_has_a_verdict_for_each_stage_and_says_what_does_not_apply_and_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = {stage: Cell("coordinator", "kill -9", stage) for stage in STAGES}
+    found = {killed["seed"]: Outcome("resumed"), killed["expert"]: Outcome("failed", "other digests than undisturbed")}
+    store = tmp_path / "results.json"
+    table._save(store, found)
+    assert table._load(store) == found
+    assert table.main(["--show", "--resume", str(store), "--only", "coordinator/kill*", "--width", "200"]) == 1
+    said = capsys.readouterr().out
+    assert "160 cells: 0 survived, 1 resumed, 0 refused, 1 failed; 42 do not apply, 116 not run." in said
+    assert "coordinator/kill -9/expert failed: other digests than undisturbed" in said
+    assert "nothing is trained in this stage" in said
+
+
+def test_federations_are_shared_as_asked() -> None:
+    cells = [cell for cell in POSSIBLE if cell.kind in ("kill -9", "hang")]
+    assert [len(list(group)) for group in table._groups(cells, "kind")] == [18, 18]
+    assert [len(list(group)) for group in table._groups(cells, "target")] == [4, 2, 4, 4, 4] * 2
+    assert {len(list(group)) for group in table._groups(cells, "none")} == {1}

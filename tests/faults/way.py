@@ -48,15 +48,20 @@ class Way:
         self._servers = [self._run(asyncio.start_server(self._handler(port), address, port)) for port in ports]
 
     def close(self) -> None:
-        def stop() -> None:
+        """Break all connections, and listen no more."""
+
+        async def stop() -> None:
             for server in self._servers:
                 server.close()
-            for task in asyncio.all_tasks(self._loop):
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
                 task.cancel()
-            self._loop.call_soon(self._loop.stop)
+            await asyncio.gather(*others, return_exceptions=True)
 
-        self._loop.call_soon_threadsafe(stop)
+        self._run(stop())
+        self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(10)
+        self._loop.close()
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)

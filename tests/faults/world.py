@@ -164,10 +164,10 @@ class World:
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
                 process.kill()
-        for process in (self.coordinator, *self.clients.values()):
-            if process is not None:
+        for started in (self.coordinator, *self.clients.values()):
+            if started is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(20)
+                    started.wait(20)
         self.wait(lambda: not self.processes(), 20, "the end of everything")
 
     # -- looking ------------------------------------------------------------------------------------------------------
