@@ -8,9 +8,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from types import FrameType
 
 from rich.console import Console
@@ -39,27 +38,10 @@ _RETRY_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
-class JoinRequest:
-    """What a participant says when it joins."""
+class JoinRequest(PreflightRequest):
+    """What a participant says when it joins: where it has what (see there), and how it takes part. `host` must be given."""
 
-    host: str
-    """``HOST[:PORT]`` of the coordinator's gateway."""
-    tasks: Sequence[str] = ()
-    """Data files, NAME=FILE, or YAML files; see `client.join.tasks`."""
-    keys: Path | None = None
-    """Folder that the coordinator handed out; needed unless it is this machine, or with `insecure`."""
-    name: str | None = None
-    """The common name of the client certificate, else the host name, unless given."""
-    work: Path | None = None
-    """Directory of this participant; ~/.local/share/seedbed/NAME unless given."""
-    general: Path | None = None
-    """File of general-purpose text, for routing tuning."""
-    base: Path | None = None
-    """Directory of the base model, instead of the one that the federation names."""
-    gpus: str = "auto"
-    """`auto`, `none`, or indices separated by commas."""
-    insecure: bool = False
-    """Without TLS, also where the traffic leaves this machine."""
+    host: str = ""
     once: bool = False
     """Leave when the federation has ended."""
     wait: float = 0.0
@@ -280,19 +262,8 @@ def _look_ahead(request: JoinRequest, console: Console, *, away: bool) -> None:
         away: the coordinator does not answer now, so that only this machine is looked at.
     """
     with console.status("looking whether this machine is ready"):
-        report = preflight(
-            PreflightRequest(
-                host=None if away else request.host,
-                tasks=request.tasks,
-                keys=request.keys,
-                name=request.name,
-                work=request.work,
-                general=request.general,
-                base=request.base,
-                gpus=request.gpus,
-                insecure=request.insecure,
-            )
-        )
+        known = {one.name: getattr(request, one.name) for one in fields(PreflightRequest)}
+        report = preflight(PreflightRequest(**{**known, "host": None if away else request.host}))
     if report.failures:
         console.print(report.table())
     for check in report.warnings:

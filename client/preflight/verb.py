@@ -25,21 +25,26 @@ from seedbed.common.registry import FederationInfo
 
 @dataclass(frozen=True, slots=True)
 class PreflightRequest:
-    """What is to be checked; without a host only what this machine alone can tell."""
+    """Where a participant has what it joins with; without a host only what this machine alone can tell is checked."""
 
     host: str | None = None
-    """``HOST[:PORT]`` of the coordinator."""
+    """``HOST[:PORT]`` of the coordinator's gateway."""
     tasks: Sequence[str] = ()
-    """As for `seedbed join --task`."""
+    """Data files, NAME=FILE, or YAML files; see `client.join.tasks`."""
     keys: Path | None = None
-    """Folder that the coordinator handed out."""
+    """Folder that the coordinator handed out; needed unless it is this machine, or with `insecure`."""
     name: str | None = None
+    """The common name of the client certificate, else the host name, unless given."""
     work: Path | None = None
+    """Directory of this participant; ~/.local/share/seedbed/NAME unless given."""
     general: Path | None = None
+    """File of general-purpose text, for routing tuning."""
     base: Path | None = None
     """Directory of the base model, instead of the one that the federation names."""
     gpus: str = "auto"
+    """`auto`, `none`, or indices separated by commas."""
     insecure: bool = False
+    """Without TLS, also where the traffic leaves this machine."""
 
 
 def preflight(request: PreflightRequest) -> Report:
