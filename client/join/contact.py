@@ -89,6 +89,8 @@ class Contact:
 
     def _trouble(self, error: httpx.HTTPError) -> EnvironmentFailure:
         reason = str(error) or type(error).__name__
+        if self.keys is not None and _broke_off(error):
+            return UnreachableError(f"the connection to {self.address} broke off while it was made", _LATER)
         if isinstance(error.__cause__, ssl.SSLError) or "SSL" in reason or "CERTIFICATE" in reason.upper():
             said = reason.partition("] ")[2].partition(" (_ssl")[0] or reason
             return EnvironmentFailure(
@@ -102,6 +104,16 @@ class Contact:
 
 _LATER = "See that the coordinator runs and that a firewall lets its port through."
 _WHERE = "Check host and port: they are in the `seedbed join` line that the coordinator printed."
+
+
+def _broke_off(error: httpx.HTTPError) -> bool:
+    """Whether TLS ended without a word: a relay whose coordinator is away does that, or one that is just being killed."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLEOFError | ConnectionResetError):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
 
 
 def tls_context(keys: Keys) -> ssl.SSLContext:

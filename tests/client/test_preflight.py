@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import io
 import json
+import socket
 import ssl
 import threading
 from collections.abc import Iterator
@@ -323,6 +324,19 @@ class TestGateway:
         _, check = connection.gateway(Contact(parse_address(f"localhost:{tls_gateway}"), strange))
         assert check.state == "fail"
         assert "certificate verify failed" in check.found
+
+    def test_a_relay_that_hangs_up_since_its_coordinator_is_away_is_worth_another_try(self, hand: Hand) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as relay:
+
+            def hang_up() -> None:
+                peer, _ = relay.accept()
+                peer.recv(1 << 16)
+                peer.close()
+
+            threading.Thread(target=hang_up, daemon=True).start()
+            contact = Contact(parse_address(f"localhost:{relay.getsockname()[1]}"), load_keys(hand.participant("ada")))
+            with pytest.raises(UnreachableError, match="broke off"):
+                contact.greet(10.0)
 
     def test_a_host_name_that_the_certificate_does_not_name_is_refused(self, hand: Hand, tls_gateway: int) -> None:
         contact = Contact(parse_address(f"127.0.0.1:{tls_gateway}"), load_keys(hand.participant("ada")))
