@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 _SUBNET = "10.74.0"
 """Nobody else's: the namespaces reach nothing but each other."""
+_KILL_SECONDS = 10.0
 
 
 def reason_not_to() -> str:
@@ -68,9 +70,12 @@ class Host:
 
     def kill(self) -> None:
         """Pull the plug: every process here is killed, whichever group it is in."""
-        for process in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, signal.SIGKILL)
+        end = time.monotonic() + _KILL_SECONDS
+        while (found := self.processes()) and time.monotonic() < end:
+            for process in found:  # and again, what one of them has started meanwhile
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+            time.sleep(0.01)
 
     def processes(self) -> list[int]:
         """Ids of the processes that run here."""
