@@ -98,7 +98,7 @@ def keys_revoke(directory: Path, name: str, console: Console) -> None:
     """
     Authority.load(directory).revoke(name)
     _say(console, f"{name} is revoked: the registry refuses it from now on.")
-    _say(console, "Restart the coordinator with --resume, so that its node is unregistered too.")
+    _say(console, "A coordinator that runs shuts its node out within seconds.")
 
 
 def _say(console: Console, text: str) -> None:
