@@ -87,7 +87,7 @@ def keys_rotate(
         return
     _say(console, f"{folder}: a new certificate, the old one is revoked. Hand the folder to {name} again.")
     if new_node_key:
-        _say(console, "Its node key is new too: restart the coordinator with --resume, so that it is registered.")
+        _say(console, "Its node key is new too: a coordinator that runs registers it within seconds.")
 
 
 def keys_revoke(directory: Path, name: str, console: Console) -> None:
