@@ -29,6 +29,8 @@ _COMPLAINT = re.compile(r"\[code: \d+\]|\w+(Error|Exception)\b|SSL/TLS")
 _EVERY_SECONDS = 15.0
 """Between two lines about the steps of one training."""
 _TAIL_BYTES = 20_000
+_SILENT_SECONDS = 15.0
+"""A coordinator may be busy for so long before it is said that it does not answer."""
 
 
 class Sight:
@@ -46,6 +48,7 @@ class Sight:
         self._seen: dict[str, tuple[str, float]] = self._standing()
         self._told: dict[str, tuple[int, float]] = {}
         self._away = False
+        self._answered, self._unheard = time.monotonic(), False
         self._complaint = ""
         self._stack = ExitStack()
         self._status: Status | None = None
@@ -84,6 +87,18 @@ class Sight:
         self.say(f"The SuperNode ended with exit code {code}{reason}. It is started again in {pause:.0f} s.")
         self._complaint = ""
 
+    def asked(self, *, answered: bool) -> None:
+        """The coordinator was asked how the federation stands. A SuperNode itself does not notice a cable that is pulled."""
+        now = time.monotonic()
+        if answered:
+            self._answered = now
+            if self._unheard:
+                self._unheard = False
+                self.say(f"{self._where} answers again.")
+        elif not self._away and not self._unheard and now - self._answered > _SILENT_SECONDS:
+            self._unheard = True
+            self.say(f"{self._where} does not answer. Trying again until it does.")
+
     def close(self) -> None:
         self._stack.close()
 
@@ -97,7 +112,8 @@ class Sight:
             self.say(f"Connected to {self._where}{node}. Waiting for work.")
         elif _AWAY.search(line) is not None and not self._away:
             self.connected, self._away = False, True
-            self.say(f"{self._where} does not answer. Trying again until it does.")
+            if not self._unheard:
+                self.say(f"{self._where} does not answer. Trying again until it does.")
 
     def _standing(self) -> dict[str, tuple[str, float]]:
         """How the jobs of earlier starts stand: nothing new."""

@@ -174,8 +174,10 @@ class Participant:
         """Ask how the federation stands, and whether that is the end of it for us."""
         try:
             info = self._contact.greet(_GREET_TIMEOUT).info
-        except EnvironmentFailure:  # away; the SuperNode says so
+        except EnvironmentFailure:
+            sight.asked(answered=False)
             return False
+        sight.asked(answered=True)
         self.settle(info)
         if not self._request.once or info.state not in ("finished", "failed"):
             return False

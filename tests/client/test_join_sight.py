@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from seedbed.client.join import sight
 from seedbed.client.join.place import Memory, Place, own_name
 from seedbed.client.join.sight import Sight, last_step
 from seedbed.client.progress import note_job
@@ -50,6 +51,23 @@ def test_connections_that_come_and_go_are_said_once(tmp_path: Path) -> None:
     assert screen.after(away, away).count("does not answer") == 1
     assert screen.after(away) == ""
     assert "Connected to host:7400 again" in screen.after("INFO : Connection successful after 9.00 seconds")
+
+
+def test_a_coordinator_that_answers_no_longer_is_said_though_the_supernode_notices_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    screen = Screen(tmp_path)
+    screen.after("SuperNode ID: 7")
+    screen.sight.asked(answered=False)
+    assert "does not answer" not in screen.text.getvalue(), "it may be busy"
+    monkeypatch.setattr(sight, "_SILENT_SECONDS", 0.0)
+    for _ in range(3):
+        screen.sight.asked(answered=False)
+    screen.after("WARNING : Connection attempt failed, retrying in 0.3 seconds")
+    assert screen.text.getvalue().count("does not answer") == 1
+    for _ in range(2):
+        screen.sight.asked(answered=True)
+    assert screen.text.getvalue().count("host:7400 answers again") == 1
 
 
 def test_why_a_supernode_ended_is_said_in_flowers_words(tmp_path: Path) -> None:
