@@ -33,6 +33,7 @@ class Story:
     accepted: list[str] = field(default_factory=list)
     experts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     """What each training told, by participant."""
+    said_without_the_cable: str = ""
     codes: dict[str, int] = field(default_factory=dict)
     left: dict[str, list[int]] = field(default_factory=dict)
     """Processes on each host in the end."""
@@ -59,6 +60,7 @@ def tell(layout: Layout) -> Story:
     layout.start(KILLED)
     layout.wait(lambda: {_expert(KILLED), _expert(UNHARMED)} <= {*layout.accepted()}, "the others' experts")
     layout.wait(lambda: layout.state(CUT_OFF) == "handing in", f"{CUT_OFF} to have trained without a cable")
+    layout.wait(lambda: "does not answer" in layout.said(CUT_OFF), f"{CUT_OFF} to notice")
     story.accepted_without_the_cable = layout.accepted()
     layout.hosts[CUT_OFF].plug_in()
 
@@ -74,6 +76,7 @@ def tell(layout: Layout) -> Story:
     story.accepted = layout.accepted()
     story.experts = {name: layout.expert(name) for name in TASKS}
     story.codes = layout.end()
+    story.said_without_the_cable = layout.said(CUT_OFF)
     hosts = {"coordinator": layout.coordinator, **layout.hosts}
     end = time.monotonic() + 20
     while any(host.processes() for host in hosts.values()) and time.monotonic() < end:
@@ -139,6 +142,8 @@ def test_a_host_without_its_cable_trains_on_and_hands_in_when_it_is_plugged_in_a
     assert _expert(CUT_OFF) not in story.accepted_without_the_cable
     assert _expert(CUT_OFF) in story.accepted
     assert _steps(story.experts[CUT_OFF]) == list(range(1, STEPS + 1)), "trained once, without a break"
+    said = story.said_without_the_cable
+    assert 0 < said.find("does not answer") < said.find(f"{story.address}:7400 answers again")
 
 
 def test_nothing_listens_beyond_a_host_but_the_coordinators_two_ports(story: Story) -> None:
