@@ -44,7 +44,7 @@ SETTINGS = (
     "evaluation.drift=false",
     "combine.candidates=[base, seed, experts, average]",
     "stages.quorum=1.0",
-    "stages.deadline=400",
+    "stages.deadline=1200",
 )
 _LINGER = 300
 _END_SECONDS = 120.0
