@@ -3,8 +3,9 @@
     python tests/faults/table.py [--only PATTERN] [--share target|kind|none] [--json FILE] [--resume FILE] [--show]
 
 Results are kept in a JSON file after every federation, so that an interrupted run goes on with `--resume FILE`, which does
-again what failed. With `--share target` (the default) one federation has the faults of one kind on one target, in all stages; with `kind` those of all
-targets, one after the other; with `none` each has a federation for itself. What fails in company is done again alone.
+again what failed. With `--share target` (the default) one federation has the faults of one kind on one target, in all
+stages; with `kind` those of all targets, one after the other; with `none` each has a federation for itself. What fails in
+company is done again alone.
 """
 
 from __future__ import annotations
