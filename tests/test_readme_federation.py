@@ -21,8 +21,8 @@ import psutil
 import pytest
 
 from seedbed.common.embedded import MODEL_DIR, examples
-from seedbed.common.storage import read_manifest
 from seedbed.common.processes import free_port
+from seedbed.common.storage import read_manifest
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 HOST = "coordinator.example.org"
