@@ -152,7 +152,7 @@ def test_the_seed_is_fetched_trained_with_peft_handed_in_and_found_again_with_th
     trained = train(seed, tmp_path / "mine")
     mine = contribute(tmp_path / "mine", "addition", coordinator.host, None, "mine", console, from_seed=True)
     assert (mine.task, mine.name) == ("addition", "mine")
-    assert f"seedbed withdraw {mine.digest[:12]} {coordinator.host}" in said(console)
+    assert f"seedbed withdraw {mine.digest[:12]} --host {coordinator.host}" in said(console)
 
     again = fetch(mine.digest[:10], coordinator.host, None, tmp_path / "again", console)
     adapter, manifest = read_adapter(again)
