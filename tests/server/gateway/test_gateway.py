@@ -114,7 +114,10 @@ def test_a_node_with_a_registered_key_comes_online_through_the_gateway(house: Ho
         assert line.endswith(f"node_id={expected}")
         assert state(house, expected) == "online"
         assert node.popen.poll() is None
-    assert state(house, expected) == "offline"  # its farewell came through, too
+    end = time.monotonic() + 90
+    while state(house, expected) != "offline" and time.monotonic() < end:  # its farewell, or a minute of silence
+        time.sleep(0.5)
+    assert state(house, expected) == "offline"
 
 
 def test_a_node_whose_key_is_not_registered_is_turned_away(house: House) -> None:
