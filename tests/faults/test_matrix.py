@@ -1,4 +1,4 @@
-"""The most telling faults of the matrix, on real federations with TLS; all of them by `make faults` (see `table.py`)."""
+"""Some faults of the matrix, on real federations with TLS; all of them by `make faults` (see `table.py`)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,6 @@ EXPECTED = {
     Cell("client", "kill -9", "expert"): {"survived"},
     Cell("superlink", "kill -9", "combine"): {"survived"},
     Cell("coordinator", "kill -9", "evaluate"): {"resumed"},
-    Cell("registry", "kill -9", "seed"): {"survived"},
-    Cell("coordinator", "SIGTERM", "expert"): {"resumed"},
-    Cell("client", "corrupt reply", "seed"): {"refused"},
-    Cell("registry", "slow network", "expert"): {"survived"},
     Cell("coordinator", "kill -9", "combine"): {"resumed"},
     Cell("client", "clock skew", "seed"): {"survived"},
     Cell("client", "duplicate reply", "expert"): {"survived"},
