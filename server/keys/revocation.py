@@ -25,14 +25,13 @@ def is_revoked(directory: Path, serial: int | str) -> bool:
 
     Args:
         directory: the keys directory.
-        serial: as a number, or in hexadecimal, with or without ``0x``, colons and leading zeros.
+        serial: as a number, or in hexadecimal.
 
     Raises:
-        ConfigError: if the list is missing or damaged: then nobody can be believed.
-        StorageError: if it cannot be read.
+        ConfigError: if the list is damaged: then nobody can be believed.
+        StorageError: if it is missing or cannot be read: then neither.
     """
-    number = serial if isinstance(serial, int) else int(serial.replace(":", ""), 16)
-    return number in revoked_serials(directory)
+    return (serial if isinstance(serial, int) else int(serial, 16)) in revoked_serials(directory)
 
 
 def revoked_serials(directory: Path) -> frozenset[int]:

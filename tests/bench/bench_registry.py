@@ -49,6 +49,7 @@ class Registry:
     """The registry's process, with or without keys."""
 
     def __init__(self, run: Path, keys: Path | None) -> None:
+        self.run = run
         trust = ["--keys", str(keys)] if keys else []
         command = [sys.executable, "-m", "seedbed.server.registry", "--run", str(run), "--listen", "127.0.0.1:0"]
         self.child = subprocess.Popen([*command, *trust, "--log-level", "warning"], stdout=subprocess.PIPE, text=True)
@@ -117,11 +118,11 @@ def participants(jobs: list[tuple[str, Any, str, Path]]) -> tuple[float, list[di
     told = []
     for child in children:
         assert child.stdout is not None
-        told.append(json.loads(child.stdout.read()))
+        told.append(child.stdout.read())
     seconds = time.perf_counter() - started
-    if any(child.wait() for child in children):
+    if any([child.wait() for child in children]):
         sys.exit("a participant failed")
-    return seconds, told
+    return seconds, [json.loads(one) for one in told]
 
 
 def be_participant(way: str, where: str, what: str, place: Path) -> None:
@@ -135,58 +136,63 @@ def be_participant(way: str, where: str, what: str, place: Path) -> None:
 
 def measure(root: Path, options: argparse.Namespace, keys: Path | None) -> list[dict[str, Any]]:
     """Submit and fetch, one at a time and many at once, over one kind of connection."""
-    from seedbed.common.storage import read_manifest
-
     adapters = sorted((root / "adapters").iterdir())
     rows = []
-    for count, megabytes in ((1, options.megabytes), (options.many, options.many_megabytes)):
-        chosen = adapters[:1] if count == 1 else adapters[1:]
-        digests = [read_manifest(path).digest for path in chosen]
-        run, places = root / "run", root / "fetched"
-        registry = Registry(run, keys)
+    for chosen, megabytes, repeats in (
+        (adapters[:1], options.megabytes, options.repeats),
+        (adapters[1:], options.many_megabytes, 1),
+    ):
+        registry = Registry(root / "run", keys)
         try:
             for way in ("submit", "fetch"):
-                idle = registry.status("VmRSS")
-                speeds, cpus, peaks = [], [], []
-                for repeat in range(options.repeats if count == 1 else 1):
-                    if way == "submit":
-                        shutil.rmtree(run / "store", ignore_errors=True)
-                    registry.forget_peak()
-                    before = registry.cpu()
-                    jobs = [
-                        (
-                            way,
-                            access(registry.port, keys, f"p{index}"),
-                            digest,
-                            chosen[index] if way == "submit" else places / f"{repeat}-{index}",
-                        )
-                        for index, digest in enumerate(digests)
-                    ]
-                    seconds, told = participants(jobs)
-                    shutil.rmtree(places, ignore_errors=True)
-                    total = megabytes * count
-                    speeds.append(total / (told[0]["seconds"] if count == 1 else seconds))
-                    cpus.append(1000 / total * (registry.cpu() - before))
-                    cpus.append(1000 / total * sum(one["cpu"] for one in told))
-                    peaks.append(registry.status("VmHWM"))
-                rows.append(
-                    {
-                        "connection": "mtls" if keys else "plaintext",
-                        "way": way,
-                        "at_once": count,
-                        "megabytes": megabytes,
-                        "speeds": speeds,
-                        "speed": statistics.median(speeds),
-                        "registry_cpu_per_gb": statistics.median(cpus[0::2]),
-                        "participants_cpu_per_gb": statistics.median(cpus[1::2]),
-                        "idle": idle,
-                        "memory": max(peaks) - idle,
-                    }
-                )
+                measured = measure_way(way, registry, chosen, megabytes, repeats, keys)
+                rows.append({"connection": "mtls" if keys else "plaintext", **measured})
         finally:
             registry.stop()
-            shutil.rmtree(run, ignore_errors=True)
+            shutil.rmtree(registry.run, ignore_errors=True)
     return rows
+
+
+def measure_way(
+    way: str, registry: Registry, chosen: list[Path], megabytes: int, repeats: int, keys: Path | None
+) -> dict[str, Any]:
+    """All of the chosen adapters at once, one way, several times."""
+    from seedbed.common.storage import read_manifest
+
+    places, total = registry.run.with_name("fetched"), megabytes * len(chosen)
+    idle = registry.status("VmRSS")
+    speeds, served, taken, peaks = [], [], [], []
+    for _ in range(repeats):
+        if way == "submit":
+            shutil.rmtree(registry.run / "store", ignore_errors=True)
+        registry.forget_peak()
+        before = registry.cpu()
+        jobs = [
+            (
+                way,
+                access(registry.port, keys, f"p{index}"),
+                read_manifest(source).digest,
+                source if way == "submit" else places / str(index),
+            )
+            for index, source in enumerate(chosen)
+        ]
+        seconds, told = participants(jobs)
+        shutil.rmtree(places, ignore_errors=True)
+        speeds.append(total / (told[0]["seconds"] if len(chosen) == 1 else seconds))
+        served.append(1000 / total * (registry.cpu() - before))
+        taken.append(1000 / total * sum(one["cpu"] for one in told))
+        peaks.append(registry.status("VmHWM"))
+    return {
+        "way": way,
+        "at_once": len(chosen),
+        "megabytes": megabytes,
+        "speeds": speeds,
+        "speed": statistics.median(speeds),
+        "registry_cpu_per_gb": statistics.median(served),
+        "participants_cpu_per_gb": statistics.median(taken),
+        "idle": idle,
+        "memory": max(peaks) - idle,
+    }
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -209,10 +215,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def make_keys(directory: Path) -> Path:
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "server"))
-    from registry.certificates import Keys
+    from seedbed.server.keys import Authority
 
-    Keys(directory).participant("bench")
+    Authority.create(directory).participant("bench")
     return directory
 
 
