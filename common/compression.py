@@ -25,9 +25,8 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from seedbed.common.adapter import Adapter, LoraFactors
+from seedbed.common.config import Transfer
 
-Transfer = Literal["float32", "bfloat16", "int8"]
-"""In what an adapter travels and is stored; arithmetic with it is in float32 whatever it is."""
 INT8 = "int8"
 """What a manifest calls the dtype of an adapter in a form that only Seedbed reads."""
 _LEVELS = 127

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from seedbed.common.compression import Transfer, transfer_of
-from seedbed.common.config import BaseModelConfig, LoraSettings, RoutingTuningSettings, TrainingSettings
+from seedbed.common.compression import transfer_of
+from seedbed.common.config import BaseModelConfig, LoraSettings, RoutingTuningSettings, TrainingSettings, Transfer
 from seedbed.common.manifest import BaseIdentity, Manifest, Record, recipe_hash
 from seedbed.common.privacy import PrivacySettings
 from seedbed.common.registry import RegistryAccess
