@@ -23,7 +23,7 @@ from seedbed.client.spec import TrainSpec
 from seedbed.client.training import Trained
 from seedbed.common.adapter import Adapter
 from seedbed.common.errors import ConfigError, StorageError
-from seedbed.common.files import storing
+from seedbed.common.files import storing, sync_directory, temporary_beside, write_file
 from seedbed.common.privacy import PrivacySettings, composed, epsilon_of, privatize
 
 LEDGER, KEY = "privacy.jsonl", "privacy.key"
@@ -106,16 +106,14 @@ def sealed(data: str, work: Path) -> str:
 def _make_key(path: Path) -> None:
     with storing("write", path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".tmp-{os.getpid()}-{os.urandom(6).hex()}")
-        handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        aside = temporary_beside(path)
         try:
-            os.write(handle, os.urandom(32))
-            os.fsync(handle)
+            write_file(aside, os.urandom(32), private=True)
             with suppress(FileExistsError):  # unlike a rename it fails where another process was first
                 os.link(aside, path)
         finally:
-            os.close(handle)
             aside.unlink(missing_ok=True)
+        sync_directory(path.parent)
 
 
 def _counted(ledger: Path | None, recipe: str, multiplier: float) -> list[float]:

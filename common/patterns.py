@@ -2,8 +2,8 @@
 
 Python's engine backtracks. A repeat of something that repeats or chooses, such as ``(a+)+`` or ``(a|a)*``, takes a time
 exponential in the text; k repeats of single characters one after another take its k-th power; k options in a row take
-2 to the k (Davis et al., *The impact of
-regular expression denial of service in practice*, ESEC/FSE 2018). Patterns for module names need neither.
+2 to the k (Davis et al., *The impact of regular expression denial of service in practice*, ESEC/FSE 2018). Patterns for module
+names need none of that beyond the few that are allowed here.
 """
 
 from __future__ import annotations

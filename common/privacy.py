@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from seedbed.common.adapter import Adapter, LoraFactors
@@ -43,7 +43,11 @@ _WIDEST_EPSILON = 1e9
 
 
 class PrivacySettings(Record):
-    """How a participant protects its updates."""
+    """How a participant protects its updates.
+
+    Raises:
+        ConfigError: if the noise protects nothing, or drowns everything: said before the training rather than after it.
+    """
 
     clip: Annotated[float, Field(gt=0)]
     """Largest L2 norm C of an update, over all entries of all factors."""
@@ -53,6 +57,16 @@ class PrivacySettings(Record):
     """The δ at which ε is stated."""
     seed: int | None = None
     """For tests alone: draws noise that anybody who knows the number can take off again."""
+
+    @model_validator(mode="after")
+    def _protects(self) -> PrivacySettings:
+        if not math.isfinite(self.clip * self.noise_multiplier):
+            raise ConfigError(
+                f"noise of {self.noise_multiplier:g} times the norm {self.clip:g} leaves nothing of an update",
+                "Lower the clipping norm or the noise multiplier.",
+            )
+        epsilon_of(composed([self.noise_multiplier]), self.delta)
+        return self
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +144,7 @@ def _uniform(shape: torch.Size) -> Tensor:
 
 def composed(noise_multipliers: Iterable[float]) -> float:
     """μ of several updates of one participant together: Gaussian mechanisms compose exactly, ``μ² = Σ (2/σ_i)²``."""
-    return math.sqrt(math.fsum((_SENSITIVITY / sigma) ** 2 for sigma in noise_multipliers))
+    return math.hypot(*(_SENSITIVITY / sigma for sigma in noise_multipliers))
 
 
 def delta_of(epsilon: float, mu: float) -> float:
@@ -155,7 +169,7 @@ def epsilon_of(mu: float, delta: float) -> float:
     while delta_of(high, mu) > delta:
         low, high = high, 2 * high
         if high > _WIDEST_EPSILON:
-            raise ConfigError(f"noise with mu = {mu:.3g} protects nothing", "Raise privacy.noise_multiplier.")
+            raise ConfigError(f"noise with mu = {mu:.3g} protects nothing", "Raise the noise multiplier.")
     while high - low > 1e-10 * high:
         middle = (low + high) / 2
         low, high = (low, middle) if delta_of(middle, mu) <= delta else (middle, high)

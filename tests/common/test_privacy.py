@@ -148,6 +148,22 @@ def test_much_noise_costs_nothing_and_next_to_none_is_refused() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"clip": 0.0}, {"noise_multiplier": 0.0}, {"delta": 0.0}, {"delta": 1.0}])
-def test_settings_that_protect_nothing_are_refused(wrong: dict[str, float]) -> None:
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
+        PrivacySettings.model_validate({"clip": 1.0, "noise_multiplier": 1.0, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"noise_multiplier": 1e-6}, "protects nothing"),
+        ({"noise_multiplier": 1e-300}, "protects nothing"),
+        ({"noise_multiplier": float("inf")}, "leaves nothing"),
+        ({"clip": 1e300, "noise_multiplier": 1e300}, "leaves nothing"),
+    ],
+)
+def test_too_little_and_too_much_noise_are_refused_before_a_training_spends_hours(
+    wrong: dict[str, float], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
         PrivacySettings.model_validate({"clip": 1.0, "noise_multiplier": 1.0, **wrong})
