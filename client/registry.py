@@ -22,11 +22,10 @@ from seedbed.common.errors import AdapterError, AdapterMismatchError, ConfigErro
 from seedbed.common.events import Event
 from seedbed.common.manifest import Manifest
 from seedbed.common.registry import Contribution, FederationInfo, RegistryAccess
-from seedbed.common.storage import read_manifest
+from seedbed.common.storage import is_digest, read_manifest, require_digest
 from seedbed.proto.v1 import registry_pb2 as pb
 from seedbed.proto.v1 import registry_pb2_grpc
 
-_DIGEST = re.compile(r"[0-9a-f]{64}")
 _PREFIX = re.compile(r"[0-9a-f]{6,63}")
 _EXAMINING = 900.0
 """Seconds in which a registry has examined a contribution of any size."""
@@ -94,7 +93,7 @@ class RegistryClient:
 
     def find(self, recipe: str) -> str | None:
         """Digest of the adapter that a recipe made, if there is one."""
-        if not _DIGEST.fullmatch(recipe):
+        if not is_digest(recipe):
             return None
         answer = self._patiently("List", pb.ListRequest(recipe=recipe))
         return Manifest.model_validate_json(answer.manifests[0]).digest if answer.manifests else None
@@ -106,7 +105,7 @@ class RegistryClient:
             StorageError: if there is no such adapter (yet).
             ConfigError: if it is no name, or the beginning of several.
         """
-        if _DIGEST.fullmatch(name):
+        if is_digest(name):
             return name
         if name in ("seed", "best"):
             info = self.info()
@@ -124,10 +123,6 @@ class RegistryClient:
             )
         return self._unique(name)
 
-    def holds(self, digest: str) -> bool:
-        """Whether an adapter is there, whole."""
-        return bool(self._patiently("Describe", pb.DescribeRequest(digest=digest)).holding.complete)
-
     # -- adapters --------------------------------------------------------------------------------------------------------
 
     def fetch(self, digest: str, directory: Path, on_bytes: OnBytes | None = None) -> Manifest:
@@ -142,7 +137,7 @@ class RegistryClient:
             AdapterError: if what comes is damaged.
             EnvironmentFailure: if the registry does not answer.
         """
-        _require_digest(digest)
+        require_digest(digest)
         if os.path.lexists(directory):
             raise StorageError(f"{directory} is already there", "Choose another output, or remove it first.")
         with downloading(digest, directory) as download:
@@ -240,10 +235,8 @@ class RegistryClient:
         Raises:
             SeedbedError: if that fails; a training goes on all the same.
         """
-        try:
-            self._call("Report", pb.ReportRequest(event=messages.reported(event)), _REPORTING)
-        except grpc.RpcError as error:
-            Patience(self.access.address, 0.0).wait(error)
+        request = pb.ReportRequest(event=messages.reported(event))
+        patiently(lambda: self._call("Report", request, _REPORTING), Patience(self.access.address, 0.0))
 
     # -- calls ------------------------------------------------------------------------------------------------------------
 
@@ -318,11 +311,6 @@ class RegistryClient:
         with Watchdog(call, self._deadline) as watchdog:
             watchdogs.append(watchdog)
             return bool(call.result().holding.complete)
-
-
-def _require_digest(digest: str) -> None:
-    if not _DIGEST.fullmatch(digest):
-        raise AdapterMismatchError(f"expected a digest of 64 hexadecimal digits, got {digest[:80]!r}")
 
 
 def _quiet(done: int, size: int) -> None:

@@ -41,7 +41,7 @@ class RegistryStore:
             return self.cache.open(digest)
         except StorageError:
             pass
-        place = self.cache.root / "adapters" / digest
+        place = self.cache.place(digest)
         try:
             self.client.fetch(digest, place)
         except StorageError:

@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from seedbed.common.adapter_file import CONFIG, MANIFEST, TENSORS, AdapterFile
-from seedbed.common.errors import AdapterError, AdapterFormatError, AdapterMismatchError
+from seedbed.common.adapter_file import MANIFEST, AdapterFile
+from seedbed.common.errors import AdapterFormatError, AdapterMismatchError
 from seedbed.common.files import storing, sync_directory, write_file
 from seedbed.common.manifest import Manifest
-from seedbed.common.routing.router_file import ROUTER_CONFIG, ROUTER_TENSORS, read_router
-from seedbed.common.storage import read_manifest
+from seedbed.common.storage import file_names, read_manifest, require_form
 from seedbed.proto.v1 import registry_pb2 as pb
 
 CHUNK = 1 << 20
@@ -24,11 +23,6 @@ CHUNK = 1 << 20
 OnBytes = Callable[[int, int], None]
 """Told of progress: bytes of the tensors that are there, and of all of them."""
 _AGAIN = "Fetch it again; if that fails again, tell whoever runs the federation."
-
-
-def file_names(manifest: Manifest) -> tuple[str, str]:
-    """What the tensors and the configuration of an adapter, or of a router or gate, are called."""
-    return (ROUTER_TENSORS, ROUTER_CONFIG) if manifest.kind in ("router", "gate") else (TENSORS, CONFIG)
 
 
 class Download:
@@ -45,7 +39,7 @@ class Download:
         self.received = 0
         self.size = 0
         self.resumed = self._rehash()
-        """Bytes that an earlier process has left."""
+        """Bytes that were left here before; 0 once they are forgotten."""
 
     @property
     def manifest(self) -> Manifest:
@@ -93,26 +87,19 @@ class Download:
         return self.received == self.size and self._hash.hexdigest() == self.manifest.tensors_sha256
 
     def finish(self) -> Manifest:
-        """Check the adapter and give it its place.
+        """Check the adapter and give it its place. Of what is damaged there is nothing to go on from: `discard` it.
 
         Raises:
             AdapterError: if it is damaged or malformed.
         """
-        tensors, config = file_names(self.manifest)
+        tensors, config = file_names(self.manifest.kind)
         _same("tensors", self.manifest.tensors_sha256, self._hash.hexdigest())
         with storing("write", self._directory):
             os.fsync(self._handle)
             os.rename(self._part / "tensors", self._part / tensors)
             write_file(self._part / config, self._config)
             write_file(self._part / MANIFEST, self.manifest.canonical())
-            try:
-                if self.manifest.kind in ("router", "gate"):
-                    read_router(self._part)
-                else:
-                    AdapterFile(self._part, verify_later=True)
-            except AdapterError:
-                shutil.rmtree(self._part, ignore_errors=True)
-                raise
+            require_form(self._part, self.manifest.kind)
             sync_directory(self._part)
             if not self._directory.is_dir():
                 os.rename(self._part, self._directory)
@@ -192,7 +179,7 @@ class Outgoing:
         """
         has_manifest = (directory / MANIFEST).is_file()
         manifest = read_manifest(directory) if has_manifest else AdapterFile(directory).manifest
-        tensors, config = file_names(manifest)
+        tensors, config = file_names(manifest.kind)
         with storing("read", directory):
             size = (directory / tensors).stat().st_size
             return cls(directory, manifest, (directory / config).read_bytes(), directory / tensors, size)

@@ -12,16 +12,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from seedbed.common.adapter_file import FILES, AdapterFile, read_manifest
+from seedbed.common.adapter_file import CONFIG, MANIFEST, TENSORS, AdapterFile, read_manifest
 from seedbed.common.checks import check_update, require_base
 from seedbed.common.errors import AdapterError, AdapterMismatchError, StorageError
 from seedbed.common.files import atomic_write, new_directory, storing, sync_directory, temporary_beside
-from seedbed.common.manifest import Manifest
+from seedbed.common.manifest import Kind, Manifest
 from seedbed.common.peft_format import read_adapter, write_adapter
-from seedbed.common.routing.router_file import ROUTER_FILES, read_router
+from seedbed.common.routing.router_file import ROUTER_CONFIG, ROUTER_TENSORS, read_router
 
 __all__ = [
     "AdapterFile",
@@ -29,14 +30,50 @@ __all__ = [
     "DirectoryStore",
     "atomic_write",
     "check_update",
+    "file_names",
+    "is_digest",
     "new_directory",
     "read_adapter",
     "read_manifest",
     "require_base",
+    "require_digest",
+    "require_form",
     "write_adapter",
 ]
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def is_digest(text: str) -> bool:
+    return _DIGEST.fullmatch(text) is not None
+
+
+def require_digest(text: str) -> str:
+    """Refuse what is no digest: digests come in messages, and anything else could be a path out of a store.
+
+    Raises:
+        AdapterMismatchError: if it is not 64 hexadecimal digits.
+    """
+    if not is_digest(text):
+        raise AdapterMismatchError(f"expected a digest of 64 hexadecimal digits, got {text[:80]!r}")
+    return text
+
+
+def file_names(kind: Kind) -> tuple[str, str]:
+    """What the tensors and the configuration of an adapter, or of a router or gate, are called."""
+    return (ROUTER_TENSORS, ROUTER_CONFIG) if kind in ("router", "gate") else (TENSORS, CONFIG)
+
+
+def require_form(directory: Path, kind: Kind) -> None:
+    """Refuse what is no adapter (or router, or gate) by its header and configuration; an adapter's tensors are not hashed.
+
+    Raises:
+        AdapterError: if it is malformed, or not what its manifest says.
+    """
+    if kind in ("router", "gate"):
+        read_router(directory)
+    else:
+        AdapterFile(directory, verify_later=True)
 
 
 class AdapterStore(Protocol):
@@ -76,12 +113,42 @@ class DirectoryStore:
             aside = temporary_beside(self._adapters / "new")
             try:
                 manifest = _copy(directory, aside)
-                self._place(aside, manifest.digest)
+                self._settle(aside, manifest.digest)
             finally:
                 shutil.rmtree(aside, ignore_errors=True)
-        if _DIGEST.fullmatch(manifest.recipe):
-            atomic_write(self._recipes / manifest.recipe, f"{manifest.digest}\n".encode())
+        self._remember(manifest)
         return manifest.digest
+
+    def adopt(self, directory: Path, manifest: Manifest) -> None:
+        """Take a directory itself, which is verified and flushed: it is renamed, not copied, or left where it was not needed.
+
+        A recipe that has made something already keeps it: whoever hands in another result does not take its place.
+
+        Args:
+            directory: on the store's file system.
+            manifest: its own.
+
+        Raises:
+            StorageError: if the file system refuses.
+        """
+        with storing("write", self._adapters):
+            self._adapters.mkdir(parents=True, exist_ok=True)
+            sync_directory(directory)
+            self._settle(directory, manifest.digest)
+        if self.find(manifest.recipe) is None:
+            self._remember(manifest)
+
+    def place(self, digest: str) -> Path:
+        """Where an adapter is, or would be.
+
+        Raises:
+            AdapterMismatchError: if it is no digest.
+        """
+        return self._adapters / require_digest(digest)
+
+    def holds(self, digest: str) -> bool:
+        """Whether an adapter is there; only `open` looks whether it is whole."""
+        return self.place(digest).is_dir()
 
     def open(self, digest: str) -> Path:
         """See `AdapterStore.open`. Every hash is computed again.
@@ -90,7 +157,7 @@ class DirectoryStore:
             StorageError: if it is not in the store.
             AdapterMismatchError: if what is there is not what the digest names.
         """
-        directory = self._directory(digest)
+        directory = self.place(digest)
         if not directory.is_dir():
             raise StorageError(f"adapter {digest} is not in the store {self.root}", "Put it there, or ask for another.")
         try:
@@ -103,32 +170,40 @@ class DirectoryStore:
 
     def list(self) -> list[Manifest]:
         """See `AdapterStore.list`. Entries with a damaged manifest are left out; `open` says what is wrong with one."""
-        found = []
-        for name in _names(self._adapters):
+        return [*self.manifests(self.digests())]
+
+    def digests(self) -> Sequence[str]:
+        """Of all entries, sorted; a damaged one's, too."""
+        with storing("read", self._adapters):
             try:
-                manifest = read_manifest(self._adapters / name)
+                return sorted(name for name in os.listdir(self._adapters) if is_digest(name))
+            except FileNotFoundError:
+                return []
+
+    def manifests(self, digests: Iterable[str]) -> Iterator[Manifest]:
+        """Of some entries, without those that are damaged or not there."""
+        for digest in digests:
+            try:
+                manifest = read_manifest(self.place(digest))
             except AdapterError:
                 continue
-            if manifest.digest == name:
-                found.append(manifest)
-        return found
+            if manifest.digest == digest:
+                yield manifest
 
     def find(self, recipe: str) -> str | None:
         """See `AdapterStore.find`."""
         path = self._recipes / recipe
-        if not _DIGEST.fullmatch(recipe) or not path.is_file():
+        if not is_digest(recipe) or not path.is_file():
             return None
         with storing("read", path):
             digest = path.read_text(encoding="ascii", errors="replace").strip()
-        return digest if _DIGEST.fullmatch(digest) and (self._adapters / digest).is_dir() else None
+        return digest if is_digest(digest) and self.holds(digest) else None
 
-    def _directory(self, digest: str) -> Path:
-        # Digests come in messages: anything else could be a path out of the store.
-        if not _DIGEST.fullmatch(digest):
-            raise AdapterMismatchError(f"expected a digest of 64 hexadecimal digits, got {digest[:80]!r}")
-        return self._adapters / digest
+    def _remember(self, manifest: Manifest) -> None:
+        if is_digest(manifest.recipe):
+            atomic_write(self._recipes / manifest.recipe, f"{manifest.digest}\n".encode())
 
-    def _place(self, aside: Path, digest: str) -> None:
+    def _settle(self, aside: Path, digest: str) -> None:
         """Rename a verified copy to its digest, unless it is there and whole; a damaged one makes way."""
         target = self._adapters / digest
         for _ in range(2):
@@ -153,24 +228,14 @@ _AGAIN = "Remove that entry of the store and put the adapter again."
 
 def _copy(source: Path, target: Path) -> Manifest:
     target.mkdir()
-    for name in ROUTER_FILES if _is_router(source) else FILES:
+    for name in (*file_names(read_manifest(source).kind), MANIFEST):
         shutil.copyfile(source / name, target / name)
         with (target / name).open("rb") as file:
             os.fsync(file.fileno())
     return _verified(target)
 
 
-def _is_router(directory: Path) -> bool:
-    return read_manifest(directory).kind in ("router", "gate")
-
-
 def _verified(directory: Path) -> Manifest:
     """The manifest of a whole adapter or router; every hash is computed again."""
-    return read_router(directory)[2] if _is_router(directory) else AdapterFile(directory).manifest
-
-
-def _names(directory: Path) -> list[str]:
-    if not directory.is_dir():
-        return []
-    with storing("read", directory):
-        return sorted(entry.name for entry in directory.iterdir() if _DIGEST.fullmatch(entry.name))
+    is_router = read_manifest(directory).kind in ("router", "gate")
+    return read_router(directory)[2] if is_router else AdapterFile(directory).manifest

@@ -16,11 +16,12 @@ from pydantic import ValidationError
 
 from seedbed.common.errors import ConfigError, StorageError
 from seedbed.common.registry import Contribution
+from seedbed.common.storage import require_digest
 from seedbed.server.registry.examination import Shapes, examine, shapes_of
 from seedbed.server.registry.information import Information
 from seedbed.server.registry.journal import Journal
 from seedbed.server.registry.refusals import Busy, Refusal
-from seedbed.server.registry.store import ServedStore, require_digest
+from seedbed.server.registry.store import ServedStore
 
 FILE = "contributions.jsonl"
 _UNFIT = re.compile(r"[^A-Za-z0-9_.-]+")

@@ -20,7 +20,7 @@ from seedbed.server.registry.identity import Identities
 from seedbed.server.registry.information import Information
 from seedbed.server.registry.quotas import Quotas
 from seedbed.server.registry.refusals import Busy, Refusal, refusing
-from seedbed.server.registry.store import ServedStore, require_digest
+from seedbed.server.registry.store import ServedStore
 from seedbed.server.registry.uploads import Announced, Uploads
 
 CHUNK = 1 << 20
@@ -106,7 +106,7 @@ class Service:
         with refusing(context):
             peer = self._identities.peer(context)
             announced = _announced(next(requests, None))
-            if self._store.holds(require_digest(announced.digest)):
+            if self._store.holds(announced.digest):
                 return pb.SubmitResponse(holding=pb.Holding(complete=True))
             started = time.monotonic()
             with self._uploads.open(peer, announced, context.cancel) as upload:

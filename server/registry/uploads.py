@@ -21,15 +21,14 @@ from pathlib import Path
 
 import grpc
 
-from seedbed.common.adapter_file import MANIFEST, AdapterFile
+from seedbed.common.adapter_file import MANIFEST
 from seedbed.common.errors import AdapterError, AdapterFormatError, AdapterMismatchError, SeedbedError, StorageError
 from seedbed.common.files import atomic_write, storing
 from seedbed.common.manifest import Manifest
-from seedbed.common.routing.router_file import read_router
-from seedbed.common.storage import read_manifest
+from seedbed.common.storage import file_names, read_manifest, require_digest, require_form
 from seedbed.server.registry.quotas import Quotas, owner_of
 from seedbed.server.registry.refusals import Busy, Refusal
-from seedbed.server.registry.store import Names, ServedStore, names_of, require_digest
+from seedbed.server.registry.store import ServedStore
 
 DOCUMENT_LIMIT = 4_000_000
 """Bytes of a manifest or a configuration."""
@@ -63,11 +62,10 @@ class Upload:
         self.directory = directory
         self.manifest = manifest
         self.size = size
-        self.names: Names = names_of(manifest.kind)
-        self._path = directory / self.names.tensors
+        self._tensors = Path(file_names(manifest.kind)[0])
         self._hash = hashlib.sha256()
-        with storing("write", Path(self.names.tensors)):
-            self._handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with storing("write", self._tensors):
+            self._handle = os.open(directory / self._tensors, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self.received = 0
 
     def start(self, offset: int) -> None:
@@ -96,7 +94,7 @@ class Upload:
         """
         if self.received + len(data) > self.size:
             raise AdapterFormatError(f"expected {self.size:,} bytes of tensors, got more", _AGAIN)
-        with storing("write", Path(self.names.tensors)):
+        with storing("write", self._tensors):
             done = 0
             while done < len(data):
                 done += os.pwrite(self._handle, memoryview(data)[done:], self.received + done)
@@ -116,13 +114,10 @@ class Upload:
         length = int.from_bytes(os.pread(self._handle, 8, 0), "little")
         if length > HEADER_LIMIT:
             raise AdapterFormatError(f"expected a safetensors header of at most {HEADER_LIMIT:,} bytes, got {length:,}")
-        with storing("write", Path(self.names.tensors)):
+        with storing("write", self._tensors):
             os.fsync(self._handle)
         try:
-            if self.manifest.kind in ("router", "gate"):
-                read_router(self.directory)
-            else:
-                AdapterFile(self.directory, verify_later=True)
+            require_form(self.directory, self.manifest.kind)
         except AdapterError as error:
             raise type(error)(
                 error.message.replace(f"{self.directory}/", "").replace(str(self.directory), "it"), error.hint
@@ -139,7 +134,7 @@ class _Active:
 
 
 class Uploads:
-    """All uploads of one registry, and those that its earlier processes left.
+    """All uploads of one registry, and those that its earlier processes left, but for what nobody has continued for long.
 
     Args:
         root: ``uploads/`` of the run directory, on the store's file system.
@@ -151,16 +146,18 @@ class Uploads:
         self._quotas = quotas
         self._active: dict[Path, _Active] = {}
         self._lock = threading.Lock()
-        self.sweep()
-        for directory in self._directories():
-            size = sum(file.stat().st_size for file in directory.iterdir())
-            quotas.hold(directory.parent.name, directory.name, size)
+        for directory in root.glob("*/*/"):
+            found = [file.stat() for file in (directory, *directory.iterdir())]
+            if time.time() - max(status.st_mtime for status in found[1:] or found) > KEPT:
+                shutil.rmtree(directory, ignore_errors=True)
+            else:
+                quotas.hold(directory.parent.name, directory.name, sum(status.st_size for status in found[1:]))
 
     def received(self, participant: str, digest: str) -> int:
         """Bytes of the tensors that a participant's broken-off upload has left."""
         directory = self._directory(participant, digest)
         try:
-            return (directory / names_of(read_manifest(directory).kind).tensors).stat().st_size
+            return (directory / file_names(read_manifest(directory).kind)[0]).stat().st_size
         except (SeedbedError, OSError):
             return 0
 
@@ -184,7 +181,7 @@ class Uploads:
             with storing("write", Path(announced.digest)):
                 directory.mkdir(parents=True, exist_ok=True)
             atomic_write(directory / MANIFEST, manifest.canonical())
-            atomic_write(directory / names_of(manifest.kind).config, announced.config)
+            atomic_write(directory / file_names(manifest.kind)[1], announced.config)
             upload = Upload(directory, manifest, announced.size)
             try:
                 upload.start(announced.offset)
@@ -210,19 +207,8 @@ class Uploads:
         self._store.adopt(upload.directory, upload.manifest)
         shutil.rmtree(upload.directory, ignore_errors=True)  # there still where somebody else was first
 
-    def sweep(self, now: float | None = None) -> None:
-        """Remove what nobody has continued for long."""
-        for directory in self._directories():
-            newest = max((file.stat().st_mtime for file in directory.iterdir()), default=directory.stat().st_mtime)
-            if (now or time.time()) - newest > KEPT and directory not in self._active:
-                shutil.rmtree(directory, ignore_errors=True)
-                self._quotas.release(directory.parent.name, directory.name)
-
     def _directory(self, participant: str, digest: str) -> Path:
         return self.root / owner_of(participant) / require_digest(digest)
-
-    def _directories(self) -> list[Path]:
-        return [path for path in self.root.glob("*/*") if path.is_dir()]
 
     @contextmanager
     def _turn(self, directory: Path, cancel: Callable[[], object]) -> Iterator[None]:

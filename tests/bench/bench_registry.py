@@ -120,7 +120,7 @@ def participants(jobs: list[tuple[str, Any, str, Path]]) -> tuple[float, list[di
         assert child.stdout is not None
         told.append(child.stdout.read())
     seconds = time.perf_counter() - started
-    if any([child.wait() for child in children]):
+    if any(child.wait() for child in children):
         sys.exit("a participant failed")
     return seconds, [json.loads(one) for one in told]
 
