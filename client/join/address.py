@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from seedbed.common.errors import ConfigError
-
-DEFAULT_PORT = 7400
+from seedbed.common.hosts import GATEWAY_PORT, host_port, is_loopback
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +14,7 @@ class Address:
     """A host (without brackets) and a port."""
 
     host: str
-    port: int = DEFAULT_PORT
+    port: int = GATEWAY_PORT
 
     def __str__(self) -> str:
         return self.beside(self.port)
@@ -24,14 +22,11 @@ class Address:
     @property
     def loopback(self) -> bool:
         """Whether nothing that is sent there leaves this machine."""
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return self.host == "localhost"
+        return is_loopback(self.host)
 
     def beside(self, port: int) -> str:
         """``host:port`` of another port there."""
-        return f"[{self.host}]:{port}" if ":" in self.host else f"{self.host}:{port}"
+        return host_port(self.host, port)
 
 
 def parse_address(text: str) -> Address:
@@ -50,6 +45,6 @@ def parse_address(text: str) -> Address:
         host, port = None, None
     if not host or parts.path or parts.username is not None or any(sign.isspace() for sign in host) or port == 0:
         raise ConfigError(
-            f"'{text}' is not an address", f"Give HOST or HOST:PORT; the port is {DEFAULT_PORT} unless given."
+            f"'{text}' is not an address", f"Give HOST or HOST:PORT; the port is {GATEWAY_PORT} unless given."
         )
-    return Address(host, port or DEFAULT_PORT)
+    return Address(host, port or GATEWAY_PORT)

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from seedbed.client.join.keys import Keys
 from seedbed.common.errors import ConfigError
-from seedbed.common.files import storing, sync_directory, temporary_beside
+from seedbed.common.files import atomic_write, storing
 from seedbed.common.jobs import Node
 from seedbed.common.manifest import Record
 from seedbed.common.registry import FederationInfo
@@ -86,11 +86,13 @@ class Place:
 
     def write_node(self, node: Node) -> None:
         """Replace the node file, all or nothing."""
-        write_private(self.node_file, yaml.safe_dump(node.model_dump(mode="json"), sort_keys=False).encode())
+        data = yaml.safe_dump(node.model_dump(mode="json"), sort_keys=False).encode()
+        atomic_write(self.node_file, data, private=True)
 
     def remember(self, memory: Memory) -> None:
         """Keep what the coordinator said, for a start at which it is away."""
-        write_private(self.root / "join.json", (memory.model_dump_json(indent=2) + "\n").encode())
+        data = (memory.model_dump_json(indent=2) + "\n").encode()
+        atomic_write(self.root / "join.json", data, private=True)
 
     def remembered(self, address: str) -> FederationInfo | None:
         """What the coordinator at that address said last, if it ever did."""
@@ -99,24 +101,3 @@ class Place:
         except (OSError, ValidationError):
             return None
         return memory.info if memory.address == address else None
-
-
-def write_private(path: Path, data: bytes) -> None:
-    """As `seedbed.common.files.atomic_write`, for the owner's eyes only.
-
-    Raises:
-        StorageError: if the file system refuses.
-    """
-    with storing("write", path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = temporary_beside(path)
-        try:
-            handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
-        sync_directory(path.parent)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +9,10 @@ from pathlib import Path
 import httpx
 
 from seedbed.common.processes import Backoff, Child, RotatingLog, free_port
+from seedbed.common.watch import Watch
 
 _GRACE = 8.0
 """Seconds that a SuperNode gets to take its leave of the coordinator."""
-_CHECK_SECONDS, _PATIENCE = 10.0, 120.0
-"""How often a SuperNode is asked whether it lives, and how long it may leave that unanswered."""
 _LOG_BYTES, _OLD_LOGS = 5_000_000, 2
 
 
@@ -43,7 +40,8 @@ class Supervisor:
         self._child: Child | None = None
         self._backoff = Backoff(first=1.0, longest=60.0)
         self._port = 0
-        self._not_before = self._answered = self._checked = 0.0
+        self._not_before = 0.0
+        self._watch = Watch(self._answers)
 
     @property
     def child(self) -> Child | None:
@@ -67,8 +65,8 @@ class Supervisor:
             self._not_before = time.monotonic() + self._backoff.after(time.monotonic() - child.started)
         if self._child is None and time.monotonic() >= self._not_before:
             self._start()
-        elif self._child is not None:
-            self._check(self._child)
+        elif self._child is not None and self._watch.hangs():
+            self._child.kill()  # the next tick finds it so
         return code
 
     def stop(self) -> None:
@@ -87,22 +85,11 @@ class Supervisor:
             environment=self._environment,
         )
         self.starts += 1
-        self._answered = self._checked = time.monotonic()
+        self._watch.begin()
 
-    def _check(self, child: Child) -> None:
-        """A SuperNode that hangs is ended; the next tick finds it so."""
-        now = time.monotonic()
-        if now - self._checked < _CHECK_SECONDS:
-            return
-        self._checked = now
-        with contextlib.suppress(httpx.HTTPError):
+    def _answers(self) -> bool:
+        try:
             httpx.get(f"http://127.0.0.1:{self._port}/health", timeout=2.0, verify=False, trust_env=False)
-            self._answered = time.monotonic()
-        if now - self._answered > _PATIENCE:
-            child.kill()
-
-
-def scripts_first(path: str) -> str:
-    """A PATH on which Flower's own programs of this interpreter's environment are found before any others."""
-    here = str(Path(sys.executable).parent)
-    return ":".join([here, *(part for part in path.split(":") if part and part != here)])
+        except httpx.HTTPError:
+            return False
+        return True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import threading
@@ -14,18 +13,19 @@ from types import FrameType
 
 from rich.console import Console
 
-from seedbed.client.exclusive import exclusive
 from seedbed.client.join.address import parse_address
 from seedbed.client.join.contact import Contact, UnreachableError
 from seedbed.client.join.gpus import parse_gpus
 from seedbed.client.join.keys import load_keys
 from seedbed.client.join.place import Memory, Place, own_name
 from seedbed.client.join.sight import Sight
-from seedbed.client.join.supervise import Supervisor, scripts_first
+from seedbed.client.join.supervise import Supervisor
 from seedbed.client.join.tasks import parse_tasks
 from seedbed.client.preflight.material import local_base, require_identity
 from seedbed.client.preflight.verb import PreflightRequest, preflight
 from seedbed.common.errors import ConfigError, EnvironmentFailure
+from seedbed.common.exclusive import exclusive
+from seedbed.common.flower import flower_environment
 from seedbed.common.jobs import DataSource, Node
 from seedbed.common.privacy import PrivacySettings
 from seedbed.common.registry import FederationInfo
@@ -200,14 +200,7 @@ class Participant:
 
     def _environment(self) -> dict[str, str]:
         # As the first contact: straight to the coordinator, whatever proxy the environment names.
-        direct = ["127.0.0.1", "localhost", "::1", self._contact.address.host, os.environ.get("NO_PROXY", "")]
-        environment = {
-            "NO_PROXY": ",".join(filter(None, direct)),
-            "PATH": scripts_first(os.environ.get("PATH", os.defpath)),
-            "FLWR_HOME": str(self._place.root / "flower"),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-        }
+        environment = flower_environment(self._place.root / "flower", self._contact.address.host)
         if self._gpus is not None:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(self._gpus)
         return environment

@@ -7,7 +7,7 @@ import urllib.error
 import urllib.request
 from typing import Any
 
-from seedbed.server.coordinator.request import host_port
+from seedbed.common.hosts import host_port
 
 _SECONDS = 10.0
 _EVERYWHERE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}

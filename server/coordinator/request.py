@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
 from seedbed.common.errors import ConfigError
+from seedbed.common.hosts import GATEWAY_PORT, is_loopback
 from seedbed.common.registry import DEFAULT_PORT as REGISTRY_PORT
-
-GATEWAY_PORT = 7400
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +61,3 @@ class CoordinatorRequest:
                 f"without keys nothing listens beyond this machine, and {self.host} is beyond it",
                 "Make keys (seedbed keys init DIR) and pass --keys DIR, or say --insecure in a network that you trust.",
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address reaches no further than this machine."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def host_port(host: str, port: int) -> str:
-    """``host:port``, an IPv6 address in brackets."""
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from seedbed.common.errors import EnvironmentFailure
+from seedbed.common.flower import flower_environment
+from seedbed.common.hosts import host_port
 from seedbed.common.processes import Backoff, Child, RotatingLog
-from seedbed.server.coordinator.request import host_port
+from seedbed.common.watch import CHECK_SECONDS, PATIENCE, Watch
 
 _FAILED_STARTS = 4
 """So many ends before it was ever ready, and it is given up."""
-_CHECK_SECONDS, _PATIENCE = 10.0, 120.0
-"""How often a process that serves is asked whether it lives, and how long it may leave that unanswered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,17 +45,8 @@ class Layout:
         return self.run / "superlink"
 
     def environment(self) -> dict[str, str]:
-        """Of every process: Flower's own programs of this interpreter first, no words to the outside."""
-        here = str(Path(sys.executable).parent)
-        local = "127.0.0.1,localhost,::1"
-        return {
-            "PATH": os.pathsep.join([here, os.environ.get("PATH", os.defpath)]),
-            "FLWR_HOME": str(self.directory),
-            "FLWR_TELEMETRY_ENABLED": "0",
-            "FLWR_DISABLE_UPDATE_CHECK": "1",
-            "NO_PROXY": f"{local},{os.environ['NO_PROXY']}" if os.environ.get("NO_PROXY") else local,
-            "PYTHONUNBUFFERED": "1",
-        }
+        """Of every process."""
+        return {**flower_environment(self.directory), "PYTHONUNBUFFERED": "1"}
 
     def superlink_command(self, port: int) -> list[str]:
         """Loopback only; with keys in TLS, since Flower authenticates nodes no other way."""
@@ -86,42 +75,6 @@ class Layout:
         return ["--keys", str(self.keys)] if self.keys is not None else ["--insecure"] if self.insecure else []
 
 
-class Watch:
-    """Whether somebody hangs: asked now and then in a thread, since one that hangs may not answer that either.
-
-    Args:
-        alive: asks; may take its time.
-        check: seconds between two questions.
-        patience: seconds without an answer after which it hangs.
-    """
-
-    def __init__(self, alive: Callable[[], bool], check: float, patience: float) -> None:
-        self._alive, self._check, self._patience = alive, check, patience
-        self._asking: threading.Thread | None = None
-        self.begin()
-
-    def begin(self) -> None:
-        """It was started just now."""
-        self._answered = self._asked = self._called = time.monotonic()
-
-    def hangs(self) -> bool:
-        """To be called several times a second."""
-        now = time.monotonic()
-        if now - self._called > self._patience / 2:  # it was us who stood still
-            self.begin()
-        self._called = now
-        idle = self._asking is None or not self._asking.is_alive()
-        if idle and now - self._asked >= self._check:
-            self._asked = now
-            self._asking = threading.Thread(target=self._ask, name="is it alive", daemon=True)
-            self._asking.start()
-        return now - self._answered > self._patience
-
-    def _ask(self) -> None:
-        if self._alive():
-            self._answered = time.monotonic()
-
-
 class Service:
     """One process that is started again whenever it ends.
 
@@ -143,8 +96,8 @@ class Service:
         environment: Mapping[str, str],
         ready: Callable[[], bool] | None = None,
         alive: Callable[[], bool] | None = None,
-        check: float = _CHECK_SECONDS,
-        patience: float = _PATIENCE,
+        check: float = CHECK_SECONDS,
+        patience: float = PATIENCE,
     ) -> None:
         self.name = name
         self.port = port

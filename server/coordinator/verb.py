@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import threading
@@ -19,7 +18,8 @@ from seedbed.common.config import FederationConfig
 from seedbed.common.config_file import load_config
 from seedbed.common.errors import ConfigError, ResumeError, SeedbedError
 from seedbed.common.events import EventLog
-from seedbed.common.files import storing
+from seedbed.common.exclusive import take_lock
+from seedbed.common.hosts import GATEWAY_PORT, host_port
 from seedbed.common.manifest import BaseIdentity
 from seedbed.common.processes import RotatingLog, free_port
 from seedbed.server.candidates import resolve
@@ -29,7 +29,7 @@ from seedbed.server.coordinator.bundle import write_bundle
 from seedbed.server.coordinator.control import SuperLinkControl
 from seedbed.server.coordinator.members import Members
 from seedbed.server.coordinator.pulse import gateway_lives, registry_lives
-from seedbed.server.coordinator.request import GATEWAY_PORT, CoordinatorRequest, host_port
+from seedbed.server.coordinator.request import CoordinatorRequest
 from seedbed.server.coordinator.services import Layout, Service
 from seedbed.server.coordinator.supervision import Outcome, Submission, Supervisor
 from seedbed.server.evaluation import results as records
@@ -61,7 +61,7 @@ def run_coordinator(request: CoordinatorRequest, console: Console, observe: Obse
     observe = observe or Silent()
     config = deployable(load_config(request.source, request.overrides), observe.note)
     root = (request.out or Path("runs") / config.name).resolve()
-    with _alone(root), _interruptible():
+    with _alone(root), _signals(_interrupt):
         _prepare(request, config, root)
         supervisor = _supervisor(request, root, console, observe)
         try:
@@ -74,7 +74,8 @@ def run_coordinator(request: CoordinatorRequest, console: Console, observe: Obse
             console.print("\nInterrupted. Nothing accepted is lost: continue with --resume.", highlight=False)
             raise
         finally:
-            with _deaf():
+            # Ending takes a few seconds; a second Ctrl-C must not leave something running.
+            with _signals(signal.SIG_IGN):
                 supervisor.stop()
     return records.load(root)
 
@@ -234,47 +235,28 @@ def _alone(root: Path) -> Iterator[None]:
     Raises:
         ResumeError: if another one is at work there.
     """
-    place = root.parent / f".{root.name}.coordinator.lock"
-    with storing("write", place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    lock = take_lock(root.parent / f".{root.name}.coordinator.lock")
+    if lock is None:
+        raise ResumeError(f"another coordinator is at work in {root}", "Wait until it ends, or end it.")
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ResumeError(f"another coordinator is at work in {root}", "Wait until it ends, or end it.") from None
         yield
     finally:
         os.close(lock)
 
 
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM become an exception, so that everything is ended in order."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
 
 
 @contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Ending takes a few seconds; a second Ctrl-C must not leave something running."""
+def _signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Have Ctrl-C and SIGTERM handled so while the body runs, in the main thread, which alone may say so."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)

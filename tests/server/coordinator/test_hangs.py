@@ -13,8 +13,9 @@ import psutil
 import pytest
 
 from seedbed.common.processes import RotatingLog, free_port
+from seedbed.common.watch import Watch
 from seedbed.server.coordinator.pulse import gateway_lives, registry_lives
-from seedbed.server.coordinator.services import Service, Watch
+from seedbed.server.coordinator.services import Service
 
 LISTENS = "import json, time; print(json.dumps({'event': 'listening', 'port': 1}), flush=True); time.sleep(300)"
 
