@@ -5,7 +5,8 @@ A participant has one job at a time. Of several that bring the same task one is 
     vanished     the job is open again, and it was nobody's fault
     failed       an attempt of that participant; after `attempts` of them it does not get this job again
     silent       nothing was heard of the job for `silence` seconds: the same participant is asked again (a job that is
-                 asked twice trains once), and after `patience` seconds a spare, too, where there is one
+                 asked twice trains once), each time after twice the seconds, and after `patience` seconds a spare,
+                 too, where there is one
 
 The first good answer counts; whatever comes after it is ignored.
 """
@@ -39,6 +40,8 @@ class _Place:
     since: float | None = None
     """When the first of those was asked."""
     repeats: int = 0
+    """How often it was asked again. A sign of life does not take that back: where such signs are rarer than `silence`
+    seconds, the wait so becomes longer than they are apart, and nobody is asked again and again in vain."""
     failures: dict[int, int] = field(default_factory=dict)
     """Failed attempts by participant, also of those that are gone."""
     reason: str = ""
@@ -124,7 +127,6 @@ class Assignments:
         place = self._places.get(name)
         if place is not None:
             place.asked = dict.fromkeys(place.asked, now)
-            place.repeats = 0
 
     def wants(self, name: str) -> bool:
         """Whether a job is still to be answered."""

@@ -136,6 +136,17 @@ def test_a_job_that_shows_signs_of_life_is_left_alone() -> None:
     assert asked == [0, 49]
 
 
+def test_a_job_whose_signs_of_life_are_rarer_than_its_silence_is_soon_left_alone() -> None:
+    desk = stage("a", silence=2)
+    desk.welcome(1, "one", ["a"])
+    asked = []
+    for now in range(1000):
+        asked += [now] * len(desk.due(now))
+        if now % 10 == 0:
+            desk.heard("expert:a", now)
+    assert asked == [0, 2, 6, 18], "after 2, 4 and 8 seconds of silence; 16 it never is"
+
+
 def test_after_patience_a_spare_is_asked_beside_the_silent_one_and_the_first_answer_counts() -> None:
     desk = stage("a", patience=20)
     desk.welcome(1, "one", ["a"])
