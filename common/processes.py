@@ -109,6 +109,7 @@ class Child:
     ) -> None:
         self.name = name
         self.started = time.monotonic()
+        self._buried = False
         # -I -S: the keeper needs nothing but the standard library, and starts in no time.
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(keeper.__file__), *command],
@@ -173,7 +174,10 @@ class Child:
         return self._process.wait()
 
     def _bury(self) -> None:
-        """Where the keeper itself was killed, its group is all that can be found of the rest."""
+        """Where the keeper itself was killed, its group is all that can be found of the rest. Once: its number is free now."""
+        if self._buried:
+            return
+        self._buried = True
         remains = self.descendants()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)

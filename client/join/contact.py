@@ -77,15 +77,18 @@ class Contact:
         try:
             # Not through a proxy of the environment: loopback and private addresses are what this is for.
             # Without keys there is no TLS at all, and False only spares reading the authorities of the system.
-            with httpx.Client(verify=self._context or False, timeout=timeout, trust_env=False) as client:
-                answer = client.get(self.url)
+            with (
+                httpx.Client(verify=self._context or False, timeout=timeout, trust_env=False) as client,
+                client.stream("GET", self.url) as answer,
+            ):
+                content = _beginning(answer)
         except httpx.HTTPError as error:
             raise self._trouble(error) from None
         if answer.status_code in (502, 503, 504):
             raise UnreachableError(f"{self.url} answers {answer.status_code}: the coordinator is not ready", _LATER)
-        if answer.status_code != 200 or len(answer.content) > _LONGEST:
+        if answer.status_code != 200 or len(content) > _LONGEST:
             raise EnvironmentFailure(f"{self.url} answers {answer.status_code}, no federation is there", _WHERE)
-        return Greeting(_info(answer.content, self.url), _clock(answer.headers.get("date")))
+        return Greeting(_info(content, self.url), _clock(answer.headers.get("date")))
 
     def _trouble(self, error: httpx.HTTPError) -> EnvironmentFailure:
         reason = str(error) or type(error).__name__
@@ -104,6 +107,16 @@ class Contact:
 
 _LATER = "See that the coordinator runs and that a firewall lets its port through."
 _WHERE = "Check host and port: they are in the `seedbed join` line that the coordinator printed."
+
+
+def _beginning(answer: httpx.Response) -> bytes:
+    """The content, and of one that is too long as much as shows it."""
+    content = b""
+    for piece in answer.iter_bytes(1 << 16):
+        content += piece
+        if len(content) > _LONGEST:
+            break
+    return content
 
 
 def _broke_off(error: httpx.HTTPError) -> bool:

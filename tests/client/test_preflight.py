@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import io
 import json
@@ -343,6 +344,20 @@ class TestGateway:
         _, check = connection.gateway(contact)
         assert check.state == "fail"
         assert "127.0.0.1" in check.found
+
+    def test_an_answer_without_end_is_no_federation(self) -> None:
+        class Endless(Answer):
+            def do_GET(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+                with contextlib.suppress(OSError):  # until whoever asked has hung up
+                    while True:
+                        self.wfile.write(bytes(1 << 16))
+
+        with HTTPServer(("127.0.0.1", 0), Endless) as server:
+            threading.Thread(target=server.handle_request, daemon=True).start()
+            with pytest.raises(EnvironmentFailure, match="no federation is there"):
+                Contact(parse_address(f"127.0.0.1:{server.server_port}"), None).greet()
 
     def test_nobody_there_is_told_apart_from_refused(self, tmp_path: Path) -> None:
         with pytest.raises(UnreachableError, match="nobody answers"):
