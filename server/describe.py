@@ -16,9 +16,9 @@ from seedbed.server.plan import Planner
 
 Shapes = Mapping[str, tuple[int, int]]
 _BYTES = 4
+"""Adapters are trained in float32."""
 _TRANSFER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 """Of one number; int8's scales are one float32 for each rank's direction, which is little beside it."""
-"""Adapters are trained and sent in float32."""
 
 
 @dataclass(frozen=True, slots=True)
