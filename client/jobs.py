@@ -16,7 +16,6 @@ from typing import Any
 
 from seedbed.client.checkpoint import remove_checkpoint
 from seedbed.client.data import digest_of
-from seedbed.client.exclusive import exclusive
 from seedbed.client.launch import run
 from seedbed.client.outcome import manifest_of, put_result
 from seedbed.client.privacy import sealed
@@ -24,6 +23,7 @@ from seedbed.client.progress import note_job, recording
 from seedbed.client.spec import TrainSpec
 from seedbed.common import basemodel
 from seedbed.common.errors import AdapterError, AdapterMismatchError, SeedbedError
+from seedbed.common.exclusive import exclusive
 from seedbed.common.jobs import Hello, Job, JobResult, Node
 from seedbed.common.manifest import BaseIdentity, Manifest, recipe_hash
 from seedbed.common.storage import AdapterStore, DirectoryStore, read_manifest

@@ -13,7 +13,6 @@ results.json outcomes.json report.md report.html
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -25,6 +24,8 @@ from seedbed.common.compression import INT8
 from seedbed.common.config import FederationConfig
 from seedbed.common.config_file import dump_config, parse_config
 from seedbed.common.errors import AdapterError, ResumeError, StorageError
+from seedbed.common.exclusive import take_lock
+from seedbed.common.files import storing, temporary_beside
 from seedbed.common.peft_format import expand_adapter
 from seedbed.common.routing.mixture_file import expert_places
 from seedbed.common.routing.router_file import read_router
@@ -101,20 +102,24 @@ class RunDirectory:
         if target.exists():
             if _holds(target, digest):
                 return
-            shutil.rmtree(target)  # contributions came or went: the candidate is another one now
+            with storing("replace", target):  # contributions came or went: the candidate is another one now
+                shutil.rmtree(target)
         source = self.store.open(digest)
-        aside = target.with_name(f".{target.name}.{os.getpid()}")
-        shutil.rmtree(aside, ignore_errors=True)
+        aside = temporary_beside(target)
         manifest = read_manifest(source)
-        if manifest.dtype == INT8:  # no other program reads that form
-            expand_adapter(source, aside)
-        else:
-            _link_files(source, aside)
-        if manifest.kind == "router":  # whole only with its experts
-            _, names, _ = read_router(source)
-            for place, parent in zip(expert_places(names), manifest.parents, strict=True):
-                _link_files(self.store.open(parent), aside / place)
-        os.replace(aside, target)
+        try:
+            if manifest.dtype == INT8:  # no other program reads that form
+                expand_adapter(source, aside)
+            else:
+                _link_files(source, aside)
+            if manifest.kind == "router":  # whole only with its experts
+                _, names, _ = read_router(source)
+                for place, parent in zip(expert_places(names), manifest.parents, strict=True):
+                    _link_files(self.store.open(parent), aside / place)
+            with storing("write", target):
+                os.replace(aside, target)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 class _View(RunDirectory):
@@ -139,9 +144,10 @@ def _holds(directory: Path, digest: str) -> bool:
 
 
 def _link_files(source: Path, target: Path) -> None:
-    target.mkdir(parents=True)
-    for file in source.iterdir():
-        _link_or_copy(file, target / file.name)
+    with storing("write", target):
+        target.mkdir(parents=True)
+        for file in source.iterdir():
+            _link_or_copy(file, target / file.name)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -156,17 +162,20 @@ def _only_lock(root: Path) -> bool:
 
 
 def _lock(root: Path) -> int:
-    descriptor = os.open(root / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however that ends
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ResumeError(f"another process is at work in {root}", "Wait until it ends, or end it.") from None
+    descriptor = take_lock(root / ".lock")  # goes with the process, however that ends
+    if descriptor is None:
+        raise ResumeError(f"another process is at work in {root}", "Wait until it ends, or end it.")
     return descriptor
 
 
 def _refuse_change(root: Path, config: FederationConfig, inputs: dict[str, str]) -> None:
-    before = parse_config(yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8")), source="config.yaml")
+    try:
+        before = parse_config(yaml.safe_load((root / "config.yaml").read_text(encoding="utf-8")), source="config.yaml")
+        old_inputs = dict(json.loads((root / "inputs.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise ResumeError(
+            f"config.yaml or inputs.json of {root} cannot be read: {error}", "Restore it, or start a new run."
+        ) from None
     changed = _differences(before.model_dump(mode="json"), config.model_dump(mode="json"))
     if changed:
         key, old, new = changed[0]
@@ -175,7 +184,6 @@ def _refuse_change(root: Path, config: FederationConfig, inputs: dict[str, str])
             f"the configuration has changed since {root} was started: {key} was {old!r} and is {new!r}{more}",
             "Resume with the old configuration, or start a new run with another --out.",
         )
-    old_inputs = json.loads((root / "inputs.json").read_text(encoding="utf-8"))
     for name in sorted(set(old_inputs) | set(inputs)):
         if old_inputs.get(name) != inputs.get(name):
             raise ResumeError(

@@ -16,11 +16,11 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from seedbed.client import jobs
 from seedbed.client.app import app
-from seedbed.client.exclusive import exclusive
 from seedbed.client.progress import JobNote
 from seedbed.common import basemodel
 from seedbed.common.config import BaseModelConfig, LoraSettings, TrainingSettings
 from seedbed.common.errors import EnvironmentFailure
+from seedbed.common.exclusive import exclusive
 from seedbed.common.jobs import DataSource, Job, JobResult, Node
 from seedbed.common.storage import DirectoryStore
 from seedbed.common.wire import RECORD, pack, unpack
