@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -20,6 +21,11 @@ def fail(message: str, hint: str, code: int) -> NoReturn:
     if hint:
         console.print(hint, markup=False)
     sys.exit(code)
+
+
+def command_line() -> str:
+    """The command that is running, as it can be typed again."""
+    return shlex.join(["seedbed", *sys.argv[1:]])
 
 
 @contextlib.contextmanager

@@ -11,8 +11,24 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from seedbed.server.cli.console import observer
-from seedbed.server.cli.options import HOST, Base, Folder, General, Gpus, Host, Insecure, Name, Quiet, Tasks, Work
+from seedbed.server.cli.console import command_line, observer
+from seedbed.server.cli.options import (
+    HOST,
+    Base,
+    Folder,
+    General,
+    Gpus,
+    Host,
+    Insecure,
+    Name,
+    Out,
+    Quiet,
+    Resume,
+    Set,
+    Tasks,
+    Work,
+    overrides,
+)
 
 if TYPE_CHECKING:
     from seedbed.server.monitor.state import Status
@@ -22,17 +38,17 @@ Where = Annotated[str | None, typer.Argument(metavar="[RUN_DIR|HOST[:PORT]]", sh
 
 def coordinator(
     source: Annotated[str, typer.Argument(metavar="PRESET|CONFIG.yaml")],
-    out: Annotated[Path | None, typer.Option(help="Run directory; runs/NAME unless given.", show_default=False)] = None,
+    out: Out = None,
     data: Annotated[
         Path | None, typer.Option(help="Directory with NAME.test.jsonl, for the evaluation.", show_default=False)
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting; repeatable.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run; nothing finished is done again.")] = False,
+    set_: Set = None,
+    resume: Resume = False,
     listen: Annotated[str, typer.Option(metavar="ADDRESS", help="Beyond this machine only with --keys.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="What participants need to know; 0 takes a free one.")] = 7400,
-    registry_port: Annotated[int, typer.Option(help="Of the adapter registry; 0 takes a free one.")] = 7401,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="What participants know; 0 takes a free one.")] = 7400,
+    registry_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of the adapter registry; 0 takes a free one.")
+    ] = 7401,
     advertise: Annotated[str, typer.Option(metavar="NAME", help="Name of this machine in the join line.")] = "",
     keys: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Made by seedbed keys init.", show_default=False)
@@ -48,10 +64,9 @@ def coordinator(
     from seedbed.server.coordinator.verb import Interrupted, run_coordinator
     from seedbed.server.evaluation.report import summary_table
 
-    overrides = [*(set_ or []), *([f"tasks.data={data.resolve()}"] if data is not None else [])]
     request = CoordinatorRequest(
         source=source,
-        overrides=tuple(overrides),
+        overrides=tuple(overrides(set_, data)),
         out=out,
         resume=resume,
         host=listen,
@@ -62,7 +77,7 @@ def coordinator(
         insecure=insecure,
         quiet=quiet,
         linger=math.inf if linger < 0 else linger,
-        command=" ".join(["seedbed", *sys.argv[1:]]),
+        command=command_line(),
     )
     try:
         with observer(quiet) as observe:

@@ -1,4 +1,4 @@
-"""Options that several verbs have."""
+"""Options that several verbs have, and what follows from them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from typing import Annotated
 
 import typer
 
+Out = Annotated[Path | None, typer.Option(help="Run directory; runs/NAME unless given.", show_default=False)]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting; repeatable.")
+]
+Data = Annotated[
+    Path | None, typer.Option(help="Directory with NAME.train.jsonl and NAME.test.jsonl.", show_default=False)
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue a run; nothing finished is done again.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only, no progress.")]
 Host = Annotated[str, typer.Option(metavar="HOST[:PORT]", help="The coordinator.")]
 HOST = "127.0.0.1:7400"
@@ -34,3 +42,8 @@ Work = Annotated[
     typer.Option("--work", metavar="DIR", help="~/.local/share/seedbed/NAME unless given.", show_default=False),
 ]
 Gpus = Annotated[str, typer.Option("--gpus", metavar="LIST", help="auto, none, or indices such as 0,1.")]
+
+
+def overrides(set_: list[str] | None, data: Path | None) -> list[str]:
+    """What ``--set`` and ``--data`` change of a configuration, the latter last."""
+    return [*(set_ or []), *([f"tasks.data={data.resolve()}"] if data is not None else [])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,22 +9,18 @@ import typer
 from rich.console import Console
 
 from seedbed.common.errors import ConfigError
-from seedbed.server.cli.console import observer
-from seedbed.server.cli.options import Quiet
+from seedbed.server.cli.console import command_line, observer
+from seedbed.server.cli.options import Data, Out, Quiet, Resume, Set, overrides
 
 
 def simulate(
     source: Annotated[
         str, typer.Argument(metavar="[PRESET|CONFIG.yaml]", help="A preset (embedded, smollm2, llama-3-8b) or a file.")
     ] = "embedded",
-    out: Annotated[Path | None, typer.Option(help="Run directory; runs/NAME unless given.", show_default=False)] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Directory with NAME.train.jsonl and NAME.test.jsonl.", show_default=False)
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change one setting; repeatable.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run; nothing finished is done again.")] = False,
+    out: Out = None,
+    data: Data = None,
+    set_: Set = None,
+    resume: Resume = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: jobs, sizes, bytes, steps.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -34,17 +29,13 @@ def simulate(
     from seedbed.common.config_file import load_config
     from seedbed.server.conductor import describe, run_simulation
 
-    overrides = list(set_ or [])
-    if data is not None:
-        overrides.append(f"tasks.data={data.resolve()}")
-    config = load_config(source, overrides)
+    config = load_config(source, overrides(set_, data))
     if dry_run:
         Console().print(describe(config))
         return
     root = out or Path("runs") / config.name
-    command = " ".join(["seedbed", *sys.argv[1:]])
     with observer(quiet) as observe:
-        results = run_simulation(config, root, client_app, observe, resume=resume, command=command)
+        results = run_simulation(config, root, client_app, observe, resume=resume, command=command_line())
     from seedbed.server.evaluation.report import summary_table
 
     Console().print(summary_table(results))
@@ -86,22 +77,18 @@ def evaluate(
 
 
 def ablate(
-    plan: Annotated[str, typer.Argument(metavar="PLAN", help="A plan (seeded-lora, i-lora, controls) or a YAML file.")],
-    out: Annotated[Path | None, typer.Option(help="Run directory; runs/NAME unless given.", show_default=False)] = None,
+    plan: Annotated[str, typer.Argument(metavar="PLAN", help="A plan that is shipped, or a YAML file.")],
+    out: Out = None,
     config: Annotated[
         str | None,
         typer.Option(
             metavar="PRESET|CONFIG.yaml", help="The full method's, instead of the plan's.", show_default=False
         ),
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Directory with NAME.train.jsonl and NAME.test.jsonl.", show_default=False)
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY.PATH=VALUE", help="Change the full method; repeatable.")
-    ] = None,
+    data: Data = None,
+    set_: Set = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repeat everything random with so many random seeds.")] = 1,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a run; nothing finished is done again.")] = False,
+    resume: Resume = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells, their trainings, what is cached, the time.")
     ] = False,
@@ -109,14 +96,11 @@ def ablate(
 ) -> None:
     """Find out which part of a method earns its gain: effects of removing or replacing parts, with their confidence.
 
-    PLAN is seeded-lora, i-lora or controls, or a YAML file.
+    PLAN is seeded-lora, i-lora, controls or seeded-lora-smollm2, or a YAML file.
     """
     from seedbed.server.ablation.plan import load_plan
 
-    changes = list(set_ or [])
-    if data is not None:
-        changes.append(f"tasks.data={data.resolve()}")
-    found = load_plan(plan, changes, config)
+    found = load_plan(plan, overrides(set_, data), config)
     root = out or Path("runs") / found.name
     if dry_run:
         from seedbed.server.ablation.forecast import forecast
@@ -128,10 +112,9 @@ def ablate(
     from seedbed.server.ablation.report import summary, write_ablation
     from seedbed.server.ablation.run import run_ablation
 
-    command = " ".join(["seedbed", *sys.argv[1:]])
     with observer(quiet) as observe:
         ablation = run_ablation(found, root, client_app, observe, seeds=range(seeds), resume=resume)
-    results = write_ablation(found, ablation.outcomes, root, command, ablation.circumstances)
+    results = write_ablation(found, ablation.outcomes, root, command_line(), ablation.circumstances)
     Console().print(summary(results))
     Console().print(f"Report: {root / 'report.html'}", highlight=False)
 
