@@ -8,6 +8,7 @@ from pathlib import Path
 from seedbed.common.errors import ConfigError
 from seedbed.common.hosts import GATEWAY_PORT, is_loopback
 from seedbed.common.registry import DEFAULT_PORT as REGISTRY_PORT
+from seedbed.server.keys.directory import require_directory
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,8 @@ class CoordinatorRequest:
         Raises:
             ConfigError: saying how to do it.
         """
-        if self.keys is not None and not (self.keys / "ca.crt").is_file():
-            raise ConfigError(
-                f"{self.keys} is no keys directory: it has no ca.crt", f"Make one: seedbed keys init {self.keys}"
-            )
+        if self.keys is not None:
+            require_directory(self.keys)
         if self.keys is None and not self.insecure and not is_loopback(self.host):
             raise ConfigError(
                 f"without keys nothing listens beyond this machine, and {self.host} is beyond it",

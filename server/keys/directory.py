@@ -80,11 +80,15 @@ def expiry_warnings(directory: Path, now: datetime | None = None) -> list[str]:
 def require_directory(directory: Path) -> None:
     """
     Raises:
-        ConfigError: if this is not a keys directory.
+        ConfigError: if this is not a keys directory, as the folder that a participant is handed is none.
     """
-    if not directory.is_dir() or not (directory / "ca.crt").is_file():
-        what = "is not a keys directory: it has no ca.crt" if directory.is_dir() else "does not exist"
-        raise ConfigError(f"{directory} {what}", f"Make one: seedbed keys init {directory}.")
+    if not directory.exists():
+        raise ConfigError(f"{directory} does not exist", f"Make one: seedbed keys init {directory}.")
+    lacking = [name for name in ("ca.crt", "server/server.crt") if not (directory / name).is_file()]
+    if lacking:
+        raise ConfigError(
+            f"{directory} is not a keys directory: it has no {lacking[0]}", "Name one that `seedbed keys init` made."
+        )
 
 
 def read_certificate(path: Path) -> x509.Certificate:

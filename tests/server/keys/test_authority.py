@@ -199,6 +199,8 @@ def test_mistakes_are_answered_with_the_next_step(keys: Path, tmp_path: Path) ->
         Authority.load(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="not a keys directory"):
         Authority.load(tmp_path)
+    with pytest.raises(ConfigError, match=r"it has no server/server.crt"):
+        Authority.load(keys / "participants/alice")
     authority.revoke("alice")
     with pytest.raises(ConfigError, match="was revoked"):
         authority.rotate("alice")
