@@ -16,12 +16,12 @@ from typing import Any
 import grpc
 
 from seedbed.client import registry_messages as messages
-from seedbed.client.registry_calls import NAME_KEY, Patience, Watchdog, open_channel, patiently
+from seedbed.client.registry_calls import Patience, Watchdog, open_channel, patiently
 from seedbed.client.registry_transfer import Download, OnBytes, Outgoing, downloading
 from seedbed.common.errors import AdapterError, AdapterMismatchError, ConfigError, EnvironmentFailure, StorageError
 from seedbed.common.events import Event
 from seedbed.common.manifest import Manifest
-from seedbed.common.registry import Contribution, FederationInfo, RegistryAccess
+from seedbed.common.registry import NAME_KEY, Contribution, FederationInfo, RegistryAccess
 from seedbed.common.storage import is_digest, read_manifest, require_digest
 from seedbed.proto.v1 import registry_pb2 as pb
 from seedbed.proto.v1 import registry_pb2_grpc

@@ -14,11 +14,8 @@ import grpc
 
 from seedbed.common.errors import EnvironmentFailure, SeedbedError
 from seedbed.common.files import storing
-from seedbed.common.registry import RegistryAccess
+from seedbed.common.registry import ERROR_KEY, HINT_KEY, MESSAGE_LIMIT, RegistryAccess
 
-NAME_KEY = "seedbed-participant-bin"
-ERROR_KEY, HINT_KEY = "seedbed-error-bin", "seedbed-hint-bin"
-MESSAGE_LIMIT = 10_000_000
 _FIRST, _LONGEST = 0.1, 10.0
 """Seconds of back-off before the second try, and at most."""
 _FINAL = {

@@ -15,11 +15,10 @@ from seedbed.common.adapter_file import MANIFEST, AdapterFile
 from seedbed.common.errors import AdapterFormatError, AdapterMismatchError
 from seedbed.common.files import storing, sync_directory, write_file
 from seedbed.common.manifest import Manifest
+from seedbed.common.registry import CHUNK
 from seedbed.common.storage import file_names, read_manifest, require_form
 from seedbed.proto.v1 import registry_pb2 as pb
 
-CHUNK = 1 << 20
-"""Bytes of tensors in one message."""
 OnBytes = Callable[[int, int], None]
 """Told of progress: bytes of the tensors that are there, and of all of them."""
 _AGAIN = "Fetch it again; if that fails again, tell whoever runs the federation."

@@ -10,6 +10,14 @@ from seedbed.common.manifest import BaseIdentity, Record
 
 DEFAULT_PORT = 7401
 """Where a registry listens unless something else is said."""
+NAME_KEY = "seedbed-participant-bin"
+"""Metadata by which a participant without a certificate says its name."""
+ERROR_KEY, HINT_KEY = "seedbed-error-bin", "seedbed-hint-bin"
+"""Trailing metadata of a refusal: its class in `errors`, and the next step."""
+MESSAGE_LIMIT = 10_000_000
+"""Bytes of one message: a header with its two documents is the largest."""
+CHUNK = 1 << 20
+"""Bytes of tensors in one message."""
 
 State = Literal["waiting", "running", "finished", "failed"]
 

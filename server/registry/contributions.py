@@ -14,8 +14,9 @@ from pathlib import Path
 import grpc
 from pydantic import ValidationError
 
+from seedbed.common.config import FederationConfig
 from seedbed.common.errors import ConfigError, StorageError
-from seedbed.common.registry import Contribution
+from seedbed.common.registry import Contribution, FederationInfo
 from seedbed.common.storage import require_digest
 from seedbed.server.registry.examination import Shapes, examine, shapes_of
 from seedbed.server.registry.information import Information
@@ -121,9 +122,7 @@ class Contributions:
         return held
 
     def _require_task(self, task: str) -> None:
-        info = self._information.info()
-        if info is None:
-            raise Busy("the federation is not set up yet")
+        info, _ = self._set_up()
         if not task or len(task) > 100 or not task.isprintable():
             raise ConfigError(f"expected the name of a task of 1 to 100 characters, got {task[:40]!r}")
         if task in info.held_out:
@@ -132,11 +131,15 @@ class Contributions:
             )
 
     def _examine(self, digest: str) -> None:
-        info, config = self._information.info(), self._information.config
-        if info is None or config is None:
-            raise Busy("the federation is not set up yet")
+        info, config = self._set_up()
         self._store.entry(digest)  # refuses an unknown one before anything is computed
         with self._examining:  # one at a time: each reads a whole adapter
             if self._shapes is None:
                 self._shapes = shapes_of(config, info, self._store)
             examine(digest, self._store, info, self._shapes, config.run.norm_bound)
+
+    def _set_up(self) -> tuple[FederationInfo, FederationConfig]:
+        found = self._information.look()
+        if found is None:
+            raise Busy("the federation is not set up yet")
+        return found

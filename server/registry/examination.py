@@ -25,7 +25,7 @@ _KINDS = ("expert", "external", "joint", "merge")
 _HINT = "Train it from the federation's seed, or with the same target modules."
 
 
-def examine(digest: str, store: ServedStore, info: FederationInfo, shapes: Shapes, norm_bound: float) -> Manifest:
+def examine(digest: str, store: ServedStore, info: FederationInfo, shapes: Shapes, norm_bound: float) -> None:
     """Check an adapter of the store, whatever its rank.
 
     Its base model is compared by digest where both are known, else by name: other trainers write no digest.
@@ -40,12 +40,12 @@ def examine(digest: str, store: ServedStore, info: FederationInfo, shapes: Shape
     """
     directory = store.open(digest)
     try:
-        return _examined(directory, store, info, shapes, norm_bound)
+        _examine(directory, store, info, shapes, norm_bound)
     except AdapterMismatchError as error:
         raise AdapterMismatchError(error.message.replace(str(directory), "the adapter"), error.hint) from None
 
 
-def _examined(directory: Path, store: ServedStore, info: FederationInfo, shapes: Shapes, norm_bound: float) -> Manifest:
+def _examine(directory: Path, store: ServedStore, info: FederationInfo, shapes: Shapes, norm_bound: float) -> None:
     manifest = _manifest(directory)
     require_base(manifest, info.identity, "the adapter")
     _require_lineage(manifest, store, info)
@@ -58,7 +58,6 @@ def _examined(directory: Path, store: ServedStore, info: FederationInfo, shapes:
                 f"module {name}: expected an update of norm {norm_bound:.4g} or less, got {size:.4g}",
                 "Lower the learning rate of its training.",
             )
-    return manifest
 
 
 def shapes_of(config: FederationConfig, info: FederationInfo, store: ServedStore) -> Shapes:

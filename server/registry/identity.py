@@ -11,11 +11,10 @@ import grpc
 from cryptography import x509
 
 from seedbed.common.errors import EnvironmentFailure, SeedbedError
+from seedbed.common.registry import NAME_KEY
 from seedbed.server.keys import is_revoked
 from seedbed.server.registry.refusals import Refusal
 
-NAME_KEY = "seedbed-participant-bin"
-"""Metadata by which a participant without a certificate says its name."""
 ANONYMOUS = "anonymous"
 _LONGEST = 200
 _LOG = logging.getLogger("seedbed.registry")

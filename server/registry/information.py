@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from seedbed.common.basemodel import identify, resolve
 from seedbed.common.config import FederationConfig
 from seedbed.common.config_file import parse_config
-from seedbed.common.errors import DataError, SeedbedError
+from seedbed.common.errors import ConfigError, DataError, SeedbedError
 from seedbed.common.manifest import BaseIdentity
 from seedbed.common.registry import FederationInfo, State
 from seedbed.server.evaluation import results as records
@@ -38,18 +38,16 @@ class Information:
         self.secure = secure
         self._lock = threading.Lock()
         self._seen: object = None
-        self._config: FederationConfig | None = None
-        self._info: FederationInfo | None = None
+        self._found: tuple[FederationInfo, FederationConfig] | None = None
         self._identity: BaseIdentity | None = None
 
-    @property
-    def config(self) -> FederationConfig | None:
-        """What was asked for; None before the run directory is set up."""
-        self.info()
-        return self._config
-
     def info(self) -> FederationInfo | None:
-        """None before the run directory is set up.
+        """As `look`, without the configuration."""
+        found = self.look()
+        return found[0] if found else None
+
+    def look(self) -> tuple[FederationInfo, FederationConfig] | None:
+        """What there is to tell, and what was asked for; None before the run directory is set up.
 
         Raises:
             ConfigError: if its configuration cannot be read.
@@ -57,17 +55,23 @@ class Information:
         with self._lock:
             seen = [_stamp(self.run / name) for name in _FILES]
             if seen != self._seen:
-                self._config = None
-                self._info = self._read()
+                self._found = self._read()
                 self._seen = seen
-            return self._info
+            return self._found
 
-    def _read(self) -> FederationInfo | None:
+    def _read(self) -> tuple[FederationInfo, FederationConfig] | None:
         try:
-            text = (self.run / "config.yaml").read_text(encoding="utf-8")
+            values = yaml.safe_load((self.run / "config.yaml").read_bytes())
         except FileNotFoundError:
             return None
-        self._config = config = parse_config(yaml.safe_load(text), source="config.yaml")
+        except (OSError, yaml.YAMLError):
+            values = None
+        if not isinstance(values, dict):
+            raise ConfigError("the run's config.yaml cannot be read", "Restore it from a copy.")
+        config = parse_config(values, source="config.yaml")
+        return self._told(config), config
+
+    def _told(self, config: FederationConfig) -> FederationInfo:
         entries = _entries(self.run / "ledger.jsonl")
         identity = self._identify(config)
         return FederationInfo(

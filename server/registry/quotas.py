@@ -89,14 +89,11 @@ class Quotas:
             )
         owner, cost = owner_of(participant), max(size, LEAST)
         with self._lock:
-            before = self._pending.pop((owner, digest), None)
             for whose, used, limit in (
-                (f"what {participant} may hand in", self._sum(owner), self.limits.participant),
-                ("what all participants may hand in", self._sum(None), self.limits.total),
+                (f"what {participant} may hand in", self._sum(owner, but=(owner, digest)), self.limits.participant),
+                ("what all participants may hand in", self._sum(but=(owner, digest)), self.limits.total),
             ):
                 if used + cost > limit:
-                    if before is not None:
-                        self._pending[owner, digest] = before
                     raise _full(whose, cost, used, limit)
             self._pending[owner, digest] = cost
 
@@ -104,11 +101,10 @@ class Quotas:
         """Note for good that an upload was taken."""
         key = owner_of(participant), digest
         with self._lock:
-            if key in self._taken:
-                return
             cost = self._pending.get(key, LEAST)
-            self._journal.append(Handed(participant=participant, digest=digest, bytes=cost))
-            self._taken[key] = cost
+            if self._taken.get(key) != cost:
+                self._journal.append(Handed(participant=participant, digest=digest, bytes=cost))
+                self._taken[key] = cost
             self._pending.pop(key, None)
 
     def release(self, owner: str, digest: str) -> None:
@@ -116,13 +112,10 @@ class Quotas:
         with self._lock:
             self._pending.pop((owner, digest), None)
 
-    def _sum(self, owner: str | None) -> int:
-        return sum(
-            size
-            for account in (self._taken, self._pending)
-            for (whose, _), size in account.items()
-            if owner is None or whose == owner
-        )
+    def _sum(self, owner: str | None = None, but: tuple[str, str] | None = None) -> int:
+        """What is taken and pending, of one owner or of all, without one upload: each counts once, also when it comes again."""
+        account = self._taken | self._pending
+        return sum(size for key, size in account.items() if owner in (None, key[0]) and key != but)
 
 
 def _full(whose: str, cost: int, used: int, limit: int) -> Refusal:

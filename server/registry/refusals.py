@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 
 from seedbed.common.errors import AdapterError, EnvironmentFailure, SeedbedError, StorageError
+from seedbed.common.registry import ERROR_KEY, HINT_KEY
 
-ERROR_KEY, HINT_KEY = "seedbed-error-bin", "seedbed-hint-bin"
 _LOG = logging.getLogger("seedbed.registry")
 
 

@@ -16,6 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from seedbed.common.errors import ConfigError, EnvironmentFailure
+from seedbed.common.registry import MESSAGE_LIMIT
 from seedbed.proto.v1 import registry_pb2, registry_pb2_grpc
 from seedbed.server.registry.identity import Identities
 from seedbed.server.registry.information import Information
@@ -24,8 +25,6 @@ from seedbed.server.registry.service import Service
 from seedbed.server.registry.store import ServedStore
 
 SERVICE = registry_pb2.DESCRIPTOR.services_by_name["Registry"].full_name
-MESSAGE_LIMIT = 10_000_000
-"""Bytes of one message: a header with its two documents is the largest."""
 _LOG = logging.getLogger("seedbed.registry")
 
 
@@ -38,7 +37,8 @@ class Settings:
         host: where to listen; port 0 is any free one.
         keys: directory of certificates; None is plaintext.
         insecure: plaintext beyond loopback is meant.
-        threads: calls that are answered at the same time; half of them may watch. Further ones are told to come again.
+        threads: calls that are answered at the same time; half of them may watch, and a quarter may be one participant's.
+            Further ones are told to come again.
         health_port: also answer health checks there, on loopback and in plaintext, for whoever has no certificate; 0 is
             any free port, None is nowhere.
     """
@@ -75,7 +75,7 @@ class RegistryServer:
             information,
             Identities(settings.keys),
             Quotas(settings.run / "uploads/usage.jsonl", settings.limits),
-            watchers=max(1, settings.threads // 2),
+            threads=settings.threads,
         )
         registry_pb2_grpc.add_RegistryServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import grpc
 from seedbed.common.errors import ConfigError, EnvironmentFailure
 from seedbed.common.events import Event, EventKind, EventLog
 from seedbed.common.files import storing
+from seedbed.common.registry import CHUNK
 from seedbed.proto.v1 import registry_pb2 as pb
 from seedbed.server.registry import messages
 from seedbed.server.registry.contributions import Contributions
+from seedbed.server.registry.fairness import Rates, Turns
 from seedbed.server.registry.identity import Identities
 from seedbed.server.registry.information import Information
 from seedbed.server.registry.quotas import Quotas
@@ -23,8 +26,6 @@ from seedbed.server.registry.refusals import Busy, Refusal, refusing
 from seedbed.server.registry.store import ServedStore
 from seedbed.server.registry.uploads import Announced, Uploads
 
-CHUNK = 1 << 20
-"""Bytes of tensors in one message."""
 PAGE = 200
 """Manifests in one answer at most."""
 REPORTED: frozenset[EventKind] = frozenset({"step", "note", "job", "node", "transfer"})
@@ -39,7 +40,7 @@ class Service:
     """`seedbed.v1.Registry` over one run directory.
 
     Args:
-        watchers: calls of `Watch` that are answered at the same time; each holds a thread.
+        threads: calls that are answered at the same time: half of them may be of `Watch`, a quarter of one participant.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class Service:
         identities: Identities,
         quotas: Quotas,
         *,
-        watchers: int,
+        threads: int,
     ) -> None:
         self._store = store
         self._information = information
@@ -59,14 +60,14 @@ class Service:
         self._uploads = Uploads(run / "uploads", store, quotas)
         self._contributions = Contributions(run, store, information)
         self._events = EventLog(run / "events.jsonl")
-        self._watchers = threading.BoundedSemaphore(watchers)
+        self._watchers = threading.BoundedSemaphore(max(1, threads // 2))
+        self._turns = Turns(max(2, threads // 4))
         self._reports = Rates(_RATE, _BURST)
         self.closing = threading.Event()
 
     def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.DescribeResponse:  # noqa: N802
-        with refusing(context):
-            peer, limits = self._identities.peer(context), self._quotas.limits
-            info = self._information.info()
+        with self._caller(context) as peer:
+            limits, info = self._quotas.limits, self._information.info()
             answer = pb.DescribeResponse(
                 limits=pb.Limits(upload=limits.upload, participant=limits.participant, used=self._quotas.used(peer))
             )
@@ -79,8 +80,7 @@ class Service:
             return answer
 
     def List(self, request: pb.ListRequest, context: Any) -> pb.ListResponse:  # noqa: N802
-        with refusing(context):
-            self._identities.peer(context)
+        with self._caller(context):
             if request.recipe:
                 digest = self._store.find(request.recipe)
                 return pb.ListResponse(manifests=[self._store.entry(digest).manifest] if digest else [])
@@ -88,8 +88,7 @@ class Service:
             return pb.ListResponse(manifests=[manifest.canonical() for manifest in found], next_page_token=token)
 
     def Fetch(self, request: pb.FetchRequest, context: Any) -> Iterator[pb.FetchResponse]:  # noqa: N802
-        with refusing(context):
-            peer = self._identities.peer(context)
+        with self._caller(context) as peer:
             entry = self._store.entry(request.digest)
             if request.offset > entry.size:
                 raise ConfigError(f"expected an offset of at most {entry.size:,}, got {request.offset:,}")
@@ -103,8 +102,7 @@ class Service:
             self._transferred("fetched", peer, request.digest, offset - request.offset, started)
 
     def Submit(self, requests: Iterator[pb.SubmitRequest], context: Any) -> pb.SubmitResponse:  # noqa: N802
-        with refusing(context):
-            peer = self._identities.peer(context)
+        with self._caller(context) as peer:
             announced = _announced(next(requests, None))
             if self._store.holds(announced.digest):
                 return pb.SubmitResponse(holding=pb.Holding(complete=True))
@@ -120,8 +118,7 @@ class Service:
             return pb.SubmitResponse(holding=pb.Holding(complete=True))
 
     def Watch(self, request: pb.WatchRequest, context: Any) -> Iterator[pb.WatchResponse]:  # noqa: N802
-        with refusing(context):
-            self._identities.peer(context)
+        with self._caller(context):
             if not self._watchers.acquire(blocking=False):
                 raise Busy("too many are watching this federation")
             try:
@@ -138,24 +135,21 @@ class Service:
                 self._watchers.release()
 
     def Contribute(self, request: pb.ContributeRequest, context: Any) -> pb.ContributeResponse:  # noqa: N802
-        with refusing(context):
-            peer = self._identities.peer(context)
+        with self._caller(context) as peer:
             found, new = self._contributions.contribute(request.digest, request.task, request.name, peer)
             if new:
                 self._tell("contributed", peer, found.name, digest=found.digest, task=found.task)
             return pb.ContributeResponse(contribution=messages.contribution(found))
 
     def Withdraw(self, request: pb.WithdrawRequest, context: Any) -> pb.WithdrawResponse:  # noqa: N802
-        with refusing(context):
-            peer = self._identities.peer(context)
+        with self._caller(context) as peer:
             found, new = self._contributions.withdraw(request.digest, peer)
             if new:
                 self._tell("withdrawn", peer, found.name, digest=found.digest, task=found.task)
             return pb.WithdrawResponse(contribution=messages.contribution(found))
 
     def Report(self, request: pb.ReportRequest, context: Any) -> pb.ReportResponse:  # noqa: N802
-        with refusing(context):
-            peer = self._identities.peer(context)
+        with self._caller(context) as peer:
             if request.event.kind not in REPORTED:
                 known = ", ".join(sorted(REPORTED))
                 raise Refusal(
@@ -170,28 +164,19 @@ class Service:
             self._events.append(messages.reported(request.event, peer))
             return pb.ReportResponse()
 
+    @contextmanager
+    def _caller(self, context: Any) -> Iterator[str]:
+        """Who calls, for as long as the call takes; its errors become its status."""
+        with refusing(context):
+            peer = self._identities.peer(context)
+            with self._turns.one(peer):
+                yield peer
+
     def _transferred(self, way: str, peer: str, digest: str, count: int, started: float) -> None:
         self._tell("transfer", peer, way, digest=digest, bytes=count, seconds=round(time.monotonic() - started, 3))
 
     def _tell(self, kind: EventKind, node: str, name: str, **detail: Any) -> None:
         self._events.append(Event(kind=kind, node=node, name=name, detail=detail))
-
-
-class Rates:
-    """How often each of many may do something: `burst` at once, then `rate` a second."""
-
-    def __init__(self, rate: float, burst: float) -> None:
-        self._rate, self._burst = rate, burst
-        self._left: dict[str, tuple[float, float]] = {}
-        self._lock = threading.Lock()
-
-    def allows(self, who: str) -> bool:
-        now = time.monotonic()
-        with self._lock:
-            left, then = self._left.get(who, (self._burst, now))
-            left = min(self._burst, left + (now - then) * self._rate)
-            self._left[who] = (left - 1 if left >= 1 else left, now)
-            return left >= 1
 
 
 def _announced(request: pb.SubmitRequest | None) -> Announced:

@@ -57,9 +57,9 @@ class Process:
 class Local:
     """The same registry inside this process, which is quicker to start."""
 
-    def __init__(self, run: Path, keys: Path | None = None) -> None:
+    def __init__(self, run: Path, keys: Path | None = None, threads: int = 64) -> None:
         self.run = run
-        self.server = RegistryServer(Settings(run, keys=keys, health_port=0))
+        self.server = RegistryServer(Settings(run, keys=keys, health_port=0, threads=threads))
         self.port = self.server.port
         self.health_port = self.server.health_port
         self.server.start()

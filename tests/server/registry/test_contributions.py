@@ -30,7 +30,7 @@ from seedbed.common.storage import DirectoryStore, read_manifest, write_adapter
 from seedbed.proto.v1 import registry_pb2 as pb
 from seedbed.proto.v1 import registry_pb2_grpc
 from seedbed.server.ledger import Entry
-from seedbed.server.registry.service import Rates
+from seedbed.server.registry.fairness import Rates
 from seedbed.server.rundir import RunDirectory
 
 CONFIG = FederationConfig(

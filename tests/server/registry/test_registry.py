@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,14 +16,25 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from registry.made import MEGABYTE, large, written
+from registry.made import BASE, MEGABYTE, large, written
 from registry.process import Local, Process
 
 from seedbed.client.registry_transfer import Outgoing
-from seedbed.common.errors import AdapterFormatError, AdapterMismatchError, StorageError
+from seedbed.common.errors import (
+    AdapterFormatError,
+    AdapterMismatchError,
+    ConfigError,
+    EnvironmentFailure,
+    StorageError,
+)
+from seedbed.common.events import Event, EventLog
+from seedbed.common.routing import Router
+from seedbed.common.routing.router_file import read_router, write_router
+from seedbed.common.routing.settings import RouterSettings
 from seedbed.common.storage import DirectoryStore, read_adapter
 from seedbed.proto.v1 import registry_pb2 as pb
 from seedbed.proto.v1 import registry_pb2_grpc
+from seedbed.server.registry.server import RegistryServer, Settings
 
 RECIPE = "5" * 64
 
@@ -61,6 +75,13 @@ def leftovers(registry: Local | Process) -> list[Path]:
 
 def store(registry: Local | Process) -> DirectoryStore:
     return DirectoryStore(registry.run / "store")
+
+
+def until(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def test_what_is_submitted_is_fetched_again_to_the_last_bit(registry: Local, tmp_path: Path) -> None:
@@ -196,8 +217,6 @@ def test_what_hashes_right_and_is_no_adapter_is_refused(registry: Local, tmp_pat
     """A manifest vouches for anything that its writer likes: the tensors are looked at, too."""
     outgoing = Outgoing.of(written(tmp_path / "a"))
     rubbish = b"\xff" * 100
-    import hashlib
-
     manifest = outgoing.manifest.model_copy(update={"tensors_sha256": hashlib.sha256(rubbish).hexdigest()})
     header = pb.Header(manifest=manifest.canonical(), config=outgoing.config, size=len(rubbish))
     begin = pb.SubmitRequest.Begin(digest=manifest.digest, header=header)
@@ -299,6 +318,16 @@ def test_a_quota_is_remembered_by_the_next_registry(serve: Callable[..., Process
         assert client.submit(tmp_path / "b")
 
 
+def test_what_the_registry_has_lost_and_gets_again_counts_once(serve: Callable[..., Process], tmp_path: Path) -> None:
+    registry = serve("--quota-participant", str(5 * MEGABYTE))
+    source = large(tmp_path / "a", 3)
+    with registry.client() as client:
+        for _ in range(3):
+            digest = client.submit(source)
+            shutil.rmtree(registry.run / "store/adapters" / digest)
+        client.submit(large(tmp_path / "b", 1))
+
+
 def test_all_together_may_hand_in_so_much_and_no_more(serve: Callable[..., Process], tmp_path: Path) -> None:
     registry = serve("--quota-total", str(5 * MEGABYTE))
     with registry.client("anna") as anna, registry.client("bert") as bert:
@@ -324,6 +353,61 @@ def test_two_participants_may_hand_in_one_adapter_at_the_same_time(registry: Loc
         digest = bert.submit(source)
     with registry.client("anna") as anna:
         assert anna.submit(source) == digest
+
+
+def named(name: str) -> tuple[tuple[str, bytes]]:
+    return (("seedbed-participant-bin", name.encode()),)
+
+
+def test_one_participant_cannot_take_every_thread(tmp_path: Path) -> None:
+    """Of 8 threads it has 2, whatever it does with them: here it begins two uploads and sends nothing more."""
+    registry = Local(tmp_path / "run", threads=8)
+    ended, begun = threading.Event(), threading.Semaphore(0)
+    stub = raw(registry)
+
+    def silent(source: Path) -> Iterator[pb.SubmitRequest]:
+        yield next(begin(source))
+        begun.release()
+        ended.wait(60)
+
+    sources = [large(tmp_path / name, 1) for name in "ab"]
+    calls = [stub.Submit.future(silent(source), metadata=named("anna")) for source in sources]
+    for _ in calls:
+        begun.acquire()
+    until(lambda: len(leftovers(registry)) == 2)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.List(pb.ListRequest(), metadata=named("anna"))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert caught.value.details() == "2 calls of anna are being answered already"
+    assert not stub.List(pb.ListRequest(), metadata=named("bert")).manifests
+    ended.set()
+    assert [call.result().holding.complete for call in calls] == [False, False]
+    assert not stub.List(pb.ListRequest(), metadata=named("anna")).manifests
+    registry.server.stop(0)
+
+
+def admitted(call: Callable[[], Any]) -> Any:
+    """A stream that has begun; who comes before the registry has noticed the end of the last comes again."""
+    end = time.monotonic() + 60
+    while True:
+        stream = call()
+        try:
+            next(stream)
+            return stream
+        except grpc.RpcError:
+            if stream.code() is not grpc.StatusCode.UNAVAILABLE or time.monotonic() > end:
+                raise
+        time.sleep(0.02)
+
+
+def test_who_breaks_a_fetch_or_a_watch_off_may_call_again(tmp_path: Path) -> None:
+    registry = Local(tmp_path / "run", threads=8)
+    stub, digest = raw(registry), store(registry).put(large(tmp_path / "a", 30))
+    EventLog(registry.run / "events.jsonl").append(Event(kind="note", name="a"))
+    for _ in range(5):
+        admitted(lambda: stub.Fetch(pb.FetchRequest(digest=digest), metadata=named("anna"))).cancel()
+        admitted(lambda: stub.Watch(pb.WatchRequest(), metadata=named("anna"))).cancel()
+    registry.server.stop(0)
 
 
 def test_pages_make_one_list_in_the_order_of_digests(registry: Local, tmp_path: Path) -> None:
@@ -381,12 +465,6 @@ def test_memory_does_not_grow_with_the_adapter(serve: Callable[..., Process], tm
 
 
 def test_a_router_travels_like_an_adapter(registry: Local, tmp_path: Path) -> None:
-    from registry.made import BASE
-
-    from seedbed.common.routing import Router
-    from seedbed.common.routing.router_file import read_router, write_router
-    from seedbed.common.routing.settings import RouterSettings
-
     write_router(
         tmp_path / "r",
         Router(RouterSettings(kind="uniform"), {}),
@@ -421,9 +499,6 @@ def test_it_ends_cleanly_when_it_is_told_to(serve: Callable[..., Process]) -> No
 
 
 def test_plaintext_beyond_loopback_is_refused_unless_it_is_meant(tmp_path: Path) -> None:
-    from seedbed.common.errors import ConfigError
-    from seedbed.server.registry.server import RegistryServer, Settings
-
     with pytest.raises(ConfigError, match="without TLS"):
         RegistryServer(Settings(tmp_path / "run", host="0.0.0.0"))
     server = RegistryServer(Settings(tmp_path / "run", host="0.0.0.0", insecure=True))
@@ -432,9 +507,6 @@ def test_plaintext_beyond_loopback_is_refused_unless_it_is_meant(tmp_path: Path)
 
 
 def test_a_port_that_is_taken_is_told(registry: Local, tmp_path: Path) -> None:
-    from seedbed.common.errors import EnvironmentFailure
-    from seedbed.server.registry.server import RegistryServer, Settings
-
     with pytest.raises(EnvironmentFailure, match="cannot listen"):
         RegistryServer(Settings(tmp_path / "other", port=registry.port))
 
