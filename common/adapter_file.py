@@ -34,7 +34,9 @@ PREFIX = "base_model.model."
 _KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.int8|(\.(?!weight$)[^.]+)?\.weight)$")
 _INT8, _SCALE = ".int8", ".scale"
 _JSON_LIMIT = 20_000_000
-_LONGEST_KEY = 300
+_LONGEST_KEY = 200
+_MOST_MATCHES = 20_000
+"""Of patterns that are not plain names against modules."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -64,6 +66,11 @@ class AdapterFile:
         self._peft: PeftConfig = parse_peft_config(self.config, str(directory / CONFIG))
         self._tensors = TensorFile(directory / TENSORS, max_bytes=max_bytes, int8=True)
         self._keys = _pair_keys(self._tensors)
+        if self._peft.costly * len(self._keys) > _MOST_MATCHES:
+            raise AdapterFormatError(
+                f"{directory}: {self._peft.costly} patterns with repeats or alternatives for {len(self._keys)} modules",
+                f"Name the modules one by one in {CONFIG}.",
+            )
         for module in self._keys:
             self._check_shapes(module)
         self._scales = _scale_keys(self._tensors, self._keys)

@@ -43,7 +43,7 @@ _WEIGHT_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 class PeftConfig:
     """The part of ``adapter_config.json`` that decides what an adapter computes.
 
-    `alpha` is PEFT's `lora_alpha`; patterns are compiled, in their order.
+    `alpha` is PEFT's `lora_alpha`; patterns are compiled, in their order; `costly` of them are not plain names.
     """
 
     base_name: str
@@ -52,6 +52,7 @@ class PeftConfig:
     rslora: bool = False
     rank_pattern: tuple[tuple[re.Pattern[str], float], ...] = ()
     alpha_pattern: tuple[tuple[re.Pattern[str], float], ...] = ()
+    costly: int = 0
 
     def rank_of(self, module: str) -> int:
         return int(_first_match(self.rank_pattern, module, self.rank))
@@ -69,13 +70,16 @@ def parse_peft_config(values: Mapping[str, Any], source: str) -> PeftConfig:
         AdapterFormatError: if it is not plain LoRA, or a field is missing or of the wrong kind.
     """
     refuse_other_than_lora(values, source)
+    ranks, costly_ranks = _patterns(values, "rank_pattern", source, lambda value: value >= 1 and value == int(value))
+    alphas, costly_alphas = _patterns(values, "alpha_pattern", source, math.isfinite)
     return PeftConfig(
         base_name=str(values.get("base_model_name_or_path") or ""),
         rank=int(_number(values, "r", source, lambda value: value >= 1 and value == int(value))),
         alpha=_number(values, "lora_alpha", source, math.isfinite),
         rslora=bool(values.get("use_rslora")),
-        rank_pattern=_patterns(values, "rank_pattern", source, lambda value: value >= 1 and value == int(value)),
-        alpha_pattern=_patterns(values, "alpha_pattern", source, math.isfinite),
+        rank_pattern=ranks,
+        alpha_pattern=alphas,
+        costly=costly_ranks + costly_alphas,
     )
 
 
@@ -172,18 +176,19 @@ def _number(values: Mapping[str, Any], key: str, source: str, valid: Callable[[f
 
 def _patterns(
     values: Mapping[str, Any], key: str, source: str, valid: Callable[[float], bool]
-) -> tuple[tuple[re.Pattern[str], float], ...]:
+) -> tuple[tuple[tuple[re.Pattern[str], float], ...], int]:
+    """Compiled, and how many of them are not plain names."""
     table = values.get(key) or {}
     if not isinstance(table, Mapping):
         raise AdapterFormatError(f"{source}: {key} is not a mapping", "Write the adapter again with PEFT.")
-    compiled = []
+    compiled, costly = [], 0
     for text, value in table.items():
         try:
-            require_quick(text)
+            costly += not require_quick(text)
             pattern = re.compile(rf"(.*\.)?({text})$")
         except (re.error, OverflowError, RecursionError) as error:
             raise AdapterFormatError(f"{source}: {key} holds {text!r}, no regular expression: {error}") from None
         if not _is_number(value, valid):
             raise AdapterFormatError(f"{source}: {key} gives {value!r} for {text}, which makes no sense")
         compiled.append((pattern, float(value)))
-    return tuple(compiled)
+    return tuple(compiled), costly

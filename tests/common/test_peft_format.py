@@ -226,6 +226,7 @@ def edit_tensors(directory: Path, **changes: torch.Tensor | None) -> None:
         ({"r": 0}, "r is 0"),
         ({"lora_alpha": "many"}, "lora_alpha is 'many'"),
         ({"rank_pattern": {"(": 2}}, "no regular expression"),
+        ({"rank_pattern": {f"x{number}.*": 2 for number in range(20_001)}}, "20001 patterns with repeats"),
         ({"rank_pattern": {"q_proj": 5}}, rf"module {Q} has rank 2, expected 5"),
     ],
 )

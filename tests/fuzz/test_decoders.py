@@ -177,7 +177,18 @@ def test_a_changed_configuration_of_peft(values: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", ["(a+)+", "(a|a)*", "(.*)*x", "a*" * 20, "(a?){30}" + "a" * 30, "a?" * 30, "(a|ab)" * 30]
+    "pattern",
+    [
+        "(a+)+",
+        "(a|a)*",
+        "(.*)*x",
+        "a*" * 20,
+        "(a?){30}" + "a" * 30,
+        "a?" * 30,
+        "(a|ab)" * 30,
+        r"(aa|a.|.a|..|\wa|a\w|\w\w|\w.|.\w)" * 8 + "x",  # few groups, but 9 to the 8th ways
+        ".?" * 8 + ".*.*x",
+    ],
 )
 @pytest.mark.parametrize("table", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_would_take_for_ever_is_refused(pattern: str, table: str) -> None:
@@ -185,7 +196,17 @@ def test_a_pattern_that_would_take_for_ever_is_refused(pattern: str, table: str)
         parse_peft_config({**PEFT, table: {pattern: 1}}, "adapter_config.json")
 
 
-@pytest.mark.parametrize("pattern", ["q_proj", r"^model\.layers\.0\.q_proj", r".*layers\.[0-9]+\.q", "(q|k|v)_proj"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj",
+        r"^model\.layers\.0\.q_proj",
+        r".*layers\.[0-9]+\.q",
+        "(q|k|v)_proj",
+        r".*layers\.[0-9]+\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)",
+        rf"layers\.({'|'.join(map(str, range(32)))})\.q_proj",
+    ],
+)
 def test_patterns_that_people_write_are_taken(pattern: str) -> None:
     parse_peft_config({**PEFT, "rank_pattern": {pattern: 1}}, "adapter_config.json")
 
