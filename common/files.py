@@ -25,6 +25,8 @@ _REASONS = {
     errno.EPERM: ("permission is denied", "Change its permissions or choose another place."),
     errno.EROFS: ("the file system is read-only", "Choose a place that can be written."),
     errno.ENOTDIR: ("a part of the path is not a directory", "Choose another path."),
+    errno.EISDIR: ("it is a directory", "Name a file."),
+    errno.EEXIST: ("a file is where a directory is needed", "Choose another path."),
     errno.ENAMETOOLONG: ("the name is too long", "Choose a shorter path."),
 }
 
