@@ -13,6 +13,7 @@ from pathlib import Path
 from seedbed.common.errors import SeedbedError
 from seedbed.server.gateway.relay import BODY_LIMIT
 from seedbed.server.gateway.serve import DEFAULT_PORT, Settings, serve
+from seedbed.server.listening import listen_at, positive
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,15 +21,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    host, _, port = options.listen.rpartition(":")
+    host, port = options.listen
     try:
-        if not port.isdigit():
-            options.parser.error("--listen is HOST:PORT")
         serve(
             Settings(
                 run=options.run.resolve(),
-                host=host.strip("[]") or "127.0.0.1",
-                port=int(port),
+                host=host,
+                port=port,
                 upstream=options.upstream,
                 registry_port=options.registry_port,
                 keys=options.keys,
@@ -45,10 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m seedbed.server.gateway", description=__doc__)
-    parser.set_defaults(parser=parser)
     parser.add_argument("--run", type=Path, required=True, help="run directory")
     parser.add_argument(
-        "--listen", default=f"127.0.0.1:{DEFAULT_PORT}", metavar="HOST:PORT", help="port 0 is any free one"
+        "--listen",
+        type=listen_at,
+        default=f"127.0.0.1:{DEFAULT_PORT}",
+        metavar="HOST:PORT",
+        help="port 0 is any free one",
     )
     parser.add_argument(
         "--upstream", required=True, metavar="URL", help="the SuperLink, such as https://127.0.0.1:8000"
@@ -57,8 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     trust = parser.add_mutually_exclusive_group()
     trust.add_argument("--keys", type=Path, help="directory made by `seedbed keys`")
     trust.add_argument("--insecure", action="store_true", help="plaintext beyond loopback is meant")
-    parser.add_argument("--max-body", type=int, default=BODY_LIMIT, metavar="BYTES", help="of one call of a SuperNode")
-    parser.add_argument("--connections", type=int, default=1000, help="at the same time; more are answered 503")
+    parser.add_argument(
+        "--max-body", type=positive, default=BODY_LIMIT, metavar="BYTES", help="of one call of a SuperNode"
+    )
+    parser.add_argument("--connections", type=positive, default=1000, help="at the same time; more are answered 503")
     return parser
 
 

@@ -14,6 +14,9 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 
 from seedbed.common.errors import SeedbedError
+from seedbed.server.monitor import prometheus, web
+from seedbed.server.monitor.document import to_json
+from seedbed.server.monitor.reader import RunReader
 from seedbed.server.registry.information import Information
 
 _HEALTH_SECONDS = 1.0
@@ -35,7 +38,7 @@ class Pages:
     def __init__(
         self, run: Path, information: Information, client: httpx.AsyncClient, upstream: str, registry: tuple[str, int]
     ) -> None:
-        self.run = run
+        self._reader = RunReader(run, awaited=True)
         self._information = information
         self._client = client
         self._upstream = upstream
@@ -60,19 +63,16 @@ class Pages:
         return JSONResponse(info.model_dump(mode="json"))
 
     async def status(self, request: Request) -> Response:
-        from seedbed.server.monitor import web
-
-        return JSONResponse(await run_in_threadpool(web.status_json, self.run))
+        """What has happened, see `monitor.document`."""
+        return JSONResponse(await run_in_threadpool(lambda: to_json(self._reader.look())))
 
     async def metrics(self, request: Request) -> Response:
-        from seedbed.server.monitor import web
-
-        text = await run_in_threadpool(web.metrics, self.run)
-        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+        """The same numbers for Prometheus."""
+        text = await run_in_threadpool(lambda: prometheus.exposition(self._reader.look()))
+        return PlainTextResponse(text, media_type=prometheus.CONTENT_TYPE)
 
     async def page(self, request: Request) -> Response:
-        from seedbed.server.monitor import web
-
+        """The page that shows the status."""
         return HTMLResponse(web.page(), headers={"content-security-policy": web.CSP})
 
     async def _superlink(self) -> bool:

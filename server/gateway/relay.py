@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import httpx
 from starlette.requests import ClientDisconnect, Request
@@ -85,7 +86,7 @@ class Relay:
     limit: int = BODY_LIMIT
     patience: float = 120.0
 
-    @property
+    @cached_property
     def routes(self) -> dict[bytes, str]:
         """Targets as they stand in a request line -> where they lead."""
         names = ACTIVE if self.keys else ACTIVE + SELF_REGISTERING

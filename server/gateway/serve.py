@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import signal
 import socket
@@ -24,6 +23,7 @@ from seedbed.common.errors import ConfigError, EnvironmentFailure
 from seedbed.server.gateway.app import build
 from seedbed.server.gateway.pages import Pages
 from seedbed.server.gateway.relay import BODY_LIMIT, Relay
+from seedbed.server.listening import is_loopback
 from seedbed.server.registry.information import Information
 
 DEFAULT_PORT = 7400
@@ -58,17 +58,17 @@ def serve(settings: Settings) -> None:
     """
     require_safe(settings)
     context = _server_context(settings.keys) if settings.keys else None
+    verify = _client_context(settings.keys) if settings.keys else True
     listening = _listen(settings.host, settings.port)
     try:
-        asyncio.run(_serve(settings, context, listening))
+        asyncio.run(_serve(settings, context, verify, listening))
     finally:
         listening.close()
 
 
-async def _serve(settings: Settings, context: ssl.SSLContext | None, listening: socket.socket) -> None:
-    verify: ssl.SSLContext | bool = (
-        ssl.create_default_context(cafile=str(settings.keys / "ca.crt")) if settings.keys else True
-    )
+async def _serve(
+    settings: Settings, context: ssl.SSLContext | None, verify: ssl.SSLContext | bool, listening: socket.socket
+) -> None:
     limits = httpx.Limits(max_connections=settings.connections, keepalive_expiry=2.0)  # the SuperLink's is 5 seconds
     timeout = httpx.Timeout(60.0, connect=5.0, pool=10.0)
     async with httpx.AsyncClient(verify=verify, limits=limits, timeout=timeout, trust_env=False) as client:
@@ -152,15 +152,6 @@ def require_safe(settings: Settings) -> None:
         )
 
 
-def is_loopback(host: str) -> bool:
-    """Whether every address of a host name is this machine's alone."""
-    try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
-    except OSError:
-        return False
-    return bool(found) and all(ipaddress.ip_address(str(address).split("%")[0]).is_loopback for address in found)
-
-
 def _reachable(host: str) -> str:
     """Where a service that listens like this gateway is reached from here."""
     return {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}.get(host, host)
@@ -186,11 +177,21 @@ def _server_context(keys: Path) -> ssl.SSLContext:
     return context
 
 
+def _client_context(keys: Path) -> ssl.SSLContext:
+    """To call the SuperLink, which shows the same certificate."""
+    try:
+        return ssl.create_default_context(cafile=str(keys / "ca.crt"))
+    except OSError:  # ssl.SSLError is one
+        raise ConfigError(
+            f"{keys / 'ca.crt'} cannot be used", "Name a directory made by `seedbed keys init` with --keys."
+        ) from None
+
+
 def _load_chain(context: ssl.SSLContext, keys: Path) -> None:
     certificate, key = keys / "server" / "server.crt", keys / "server" / "server.key"
     try:
         context.load_cert_chain(certificate, key)
-    except (OSError, ssl.SSLError):
+    except OSError:  # ssl.SSLError is one
         raise ConfigError(
             f"{certificate} and its key cannot be used", "Name a directory made by `seedbed keys init` with --keys."
         ) from None

@@ -7,6 +7,7 @@ its ledger; where there are both, the ledger tells what happened before the log 
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ EVENTS, LEDGER, CONFIG = "events.jsonl", "ledger.jsonl", "config.yaml"
 
 
 class RunReader:
-    """Follows one run.
+    """Follows one run; any number of threads may look.
 
     Args:
         root: the run directory.
@@ -44,6 +45,7 @@ class RunReader:
         self._log = EventLog(root / EVENTS)
         self._offset = self._entries = 0
         self._log_began: float | None = None
+        self._lock = threading.Lock()
 
     def look(self) -> Status:
         """The status now.
@@ -51,6 +53,10 @@ class RunReader:
         Raises:
             StorageError: if a file cannot be read.
         """
+        with self._lock:
+            return self._look()
+
+    def _look(self) -> Status:
         if not self._named and (name := _name(self.root)):
             self.status, self._named = replace(self.status, name=name), True
         entries = self._new_entries()  # before the events, which are then at least as new

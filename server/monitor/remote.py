@@ -15,7 +15,7 @@ def remote(get: Callable[[str], Any]) -> Callable[[], Status]:
     """A look at a coordinator elsewhere.
 
     Args:
-        get: asks a gateway for the JSON value at a path, as `seedbed.client.connect.Gateway.get` does.
+        get: asks a gateway for the JSON value at a path, as what `seedbed.client.connect.gateway` returns does.
 
     Returns:
         what `show_status` and `watch` take; it raises EnvironmentFailure where nobody answers.

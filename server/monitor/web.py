@@ -1,6 +1,6 @@
-"""What the coordinator's gateway serves for reading: a page, the status behind it, and metrics.
+"""The page that the coordinator's gateway serves.
 
-The page is one file without external resources; it asks for `status.json` beside it. Whoever serves it sends `CSP` as its
+It is one file without external resources; it asks for `status.json` beside it. Whoever serves it sends `CSP` as its
 Content-Security-Policy: nothing but the page's own script and style may run, and nothing but its own origin is asked.
 """
 
@@ -8,17 +8,10 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import threading
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 from seedbed.server.evaluation.style import CSS
-from seedbed.server.monitor import prometheus
-from seedbed.server.monitor.document import to_json
-from seedbed.server.monitor.reader import RunReader
 from seedbed.server.monitor.script import SCRIPT
-from seedbed.server.monitor.state import Status
 
 STYLE = (
     CSS
@@ -103,40 +96,6 @@ def page() -> str:
         '<div class="group" hidden><details><summary>Ended last</summary><div class="curves" id="before"></div></details></div>'
         f"</section>{tables}</main>\n<script>{SCRIPT}</script></body></html>\n"
     )
-
-
-def status_json(run: Path) -> dict[str, Any]:
-    """What `status.json` holds, see `document`; only what is new since the last call is read from the disk.
-
-    Raises:
-        StorageError: if it cannot be read; a run that is not there yet is one that waits.
-    """
-    return to_json(_look(run))
-
-
-def metrics(run: Path) -> str:
-    """The same numbers in Prometheus' text format, version 0.0.4.
-
-    Raises:
-        StorageError: see `status_json`.
-    """
-    return prometheus.exposition(_look(run))
-
-
-_READERS: dict[Path, RunReader] = {}
-_LOCK = threading.Lock()
-_KEPT = 8
-
-
-def _look(run: Path) -> Status:
-    with _LOCK:  # requests may come from several threads
-        reader = _READERS.get(run)
-        if reader is None:
-            reader = RunReader(run, awaited=True)
-            if len(_READERS) >= _KEPT:
-                _READERS.pop(next(iter(_READERS)))
-            _READERS[run] = reader
-        return reader.look()
 
 
 def _table(key: str, title: str, headers: tuple[str, ...]) -> str:

@@ -15,6 +15,8 @@ import threading
 from pathlib import Path
 
 from seedbed.common.errors import SeedbedError
+from seedbed.common.registry import DEFAULT_PORT
+from seedbed.server.listening import listen_at, positive
 from seedbed.server.registry.quotas import Limits
 from seedbed.server.registry.server import RegistryServer, Settings
 
@@ -43,11 +45,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    host, _, port = options.listen.rpartition(":")
+    host, port = options.listen
     return Settings(
         run=options.run.resolve(),
-        host=host.strip("[]") or "127.0.0.1",
-        port=int(port),
+        host=host,
+        port=port,
         keys=options.keys,
         insecure=options.insecure,
         limits=Limits(options.max_upload, options.quota_participant, options.quota_total),
@@ -60,14 +62,20 @@ def _parser() -> argparse.ArgumentParser:
     defaults = Limits()
     parser = argparse.ArgumentParser(prog="python -m seedbed.server.registry", description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run directory")
-    parser.add_argument("--listen", default="127.0.0.1:7401", metavar="HOST:PORT", help="port 0 is any free one")
+    parser.add_argument(
+        "--listen",
+        type=listen_at,
+        default=f"127.0.0.1:{DEFAULT_PORT}",
+        metavar="HOST:PORT",
+        help="port 0 is any free one",
+    )
     trust = parser.add_mutually_exclusive_group()
     trust.add_argument("--keys", type=Path, help="directory made by `seedbed keys`")
     trust.add_argument("--insecure", action="store_true", help="plaintext beyond loopback is meant")
-    parser.add_argument("--quota-participant", type=int, default=defaults.participant, metavar="BYTES")
-    parser.add_argument("--quota-total", type=int, default=defaults.total, metavar="BYTES")
-    parser.add_argument("--max-upload", type=int, default=defaults.upload, metavar="BYTES")
-    parser.add_argument("--threads", type=int, default=64, help="calls that are answered at the same time")
+    parser.add_argument("--quota-participant", type=positive, default=defaults.participant, metavar="BYTES")
+    parser.add_argument("--quota-total", type=positive, default=defaults.total, metavar="BYTES")
+    parser.add_argument("--max-upload", type=positive, default=defaults.upload, metavar="BYTES")
+    parser.add_argument("--threads", type=positive, default=64, help="calls that are answered at the same time")
     parser.add_argument("--health-port", type=int, help="also answer health checks there, in plaintext on loopback")
     parser.add_argument("--grace", type=float, default=5.0, help="seconds that calls have at the end")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))

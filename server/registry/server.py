@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
-import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from seedbed.common.errors import ConfigError, EnvironmentFailure
 from seedbed.common.registry import MESSAGE_LIMIT
 from seedbed.proto.v1 import registry_pb2, registry_pb2_grpc
+from seedbed.server.listening import is_loopback
 from seedbed.server.registry.identity import Identities
 from seedbed.server.registry.information import Information
 from seedbed.server.registry.quotas import Limits, Quotas
@@ -181,16 +180,8 @@ class _Certificates:
 
 
 def _require_secure(settings: Settings) -> None:
-    if settings.keys is None and not settings.insecure and not _is_loopback(settings.host):
+    if settings.keys is None and not settings.insecure and not is_loopback(settings.host):
         raise ConfigError(
             f"the registry would listen at {settings.host} without TLS",
             "Make keys with `seedbed keys` and name them with --keys, or say --insecure.",
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host, None)}
-    except OSError:
-        return False
-    return bool(found) and all(ipaddress.ip_address(address).is_loopback for address in found)

@@ -146,12 +146,13 @@ class Uploads:
         self._quotas = quotas
         self._active: dict[Path, _Active] = {}
         self._lock = threading.Lock()
-        for directory in root.glob("*/*/"):
-            found = [file.stat() for file in (directory, *directory.iterdir())]
-            if time.time() - max(status.st_mtime for status in found[1:] or found) > KEPT:
-                shutil.rmtree(directory, ignore_errors=True)
-            else:
-                quotas.hold(directory.parent.name, directory.name, sum(status.st_size for status in found[1:]))
+        with storing("read", root):
+            for directory in root.glob("*/*/"):
+                found = [file.stat() for file in (directory, *directory.iterdir())]
+                if time.time() - max(status.st_mtime for status in found[1:] or found) > KEPT:
+                    shutil.rmtree(directory, ignore_errors=True)
+                else:
+                    quotas.hold(directory.parent.name, directory.name, sum(status.st_size for status in found[1:]))
 
     def received(self, participant: str, digest: str) -> int:
         """Bytes of the tensors that a participant's broken-off upload has left."""

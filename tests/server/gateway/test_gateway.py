@@ -294,6 +294,29 @@ def test_what_would_not_be_safe_or_cannot_be_is_refused(
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.parametrize("damage", [None, b"no certificate"])
+def test_keys_without_an_authority_are_refused(tmp_path: Path, damage: bytes | None) -> None:
+    Authority.create(tmp_path / "keys")
+    (tmp_path / "keys/ca.crt").unlink()
+    if damage is not None:
+        (tmp_path / "keys/ca.crt").write_bytes(damage)
+    command = [sys.executable, "-m", "seedbed.server.gateway", "--run", str(tmp_path), "--registry-port", "1"]
+    command += ["--listen", "127.0.0.1:0", "--upstream", "http://127.0.0.1:1", "--keys", str(tmp_path / "keys")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, "ca.crt cannot be used" in ended.stderr) == (3, True), ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("service", ["gateway", "registry"])
+@pytest.mark.parametrize("listen", ["nowhere", "localhost:", "localhost:x", "localhost:65536", ":-1", ""])
+def test_an_address_to_listen_at_that_is_none_is_a_usage_error(tmp_path: Path, service: str, listen: str) -> None:
+    command = [sys.executable, "-m", f"seedbed.server.{service}", "--run", str(tmp_path), f"--listen={listen}"]
+    command += ["--upstream", "http://127.0.0.1:1", "--registry-port", "1"] if service == "gateway" else []
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert f"expected HOST:PORT, got '{listen}'" in ended.stderr
+
+
 def test_the_listening_line_is_json(house: House) -> None:
     found = json.loads(next(line for line in house.gateway_says.lines if line.startswith("{")))
     assert found == {"event": "listening", "port": house.gateway}

@@ -16,6 +16,8 @@ from browser import Browser, executable
 
 from seedbed.common.events import Event, EventLog
 from seedbed.server.monitor import web
+from seedbed.server.monitor.document import to_json
+from seedbed.server.monitor.reader import RunReader
 
 FOUND = executable()
 in_browser = pytest.mark.skipif(
@@ -29,18 +31,17 @@ class Served:
     """A run directory and what a gateway would serve of it."""
 
     def __init__(self, run: Path) -> None:
-        self.run = run
         (run / "config.yaml").write_text("name: valley\n")
         self.log = EventLog(run / "events.jsonl")
         self.asked: list[str] = []
-        served = self
+        served, reader = self, RunReader(run)
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 served.asked.append(self.path)
                 body, kind = web.page(), "text/html; charset=utf-8"
                 if self.path == "/status.json":
-                    body, kind = json.dumps(web.status_json(served.run)), "application/json"
+                    body, kind = json.dumps(to_json(reader.look())), "application/json"
                 self.send_response(200)
                 self.send_header("Content-Type", kind)
                 self.send_header("Content-Security-Policy", web.CSP)
