@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.config import LoraSettings
 from seedbed.common.errors import AdapterMismatchError, ConfigError, SeedbedError
-from seedbed.common.jobs import Job, JobResult
+from seedbed.common.jobs import Hello, Job, JobResult
 from seedbed.common.manifest import BaseIdentity, Manifest
 from seedbed.common.routing import Router
 from seedbed.common.routing.router_file import read_router
@@ -40,6 +41,18 @@ def expected_adapter(shapes: Shapes, lora: LoraSettings, dtype: torch.dtype = to
         )
 
 
+def why_not_let_in(hello: Hello, base: BaseIdentity) -> str:
+    """Why a participant cannot take part; empty where it can."""
+    if hello.version != version("seedbed"):
+        return f"it runs seedbed {hello.version}, the coordinator {version('seedbed')}"
+    if hello.base.digest != base.digest:
+        return (
+            f"its base model {hello.base.name} has hash {hello.base.digest[:12]}…, "
+            f"expected {base.name} with {base.digest[:12]}…"
+        )
+    return ""
+
+
 @dataclass(frozen=True, slots=True)
 class Admission:
     """The refusals of one federation.
@@ -48,13 +61,13 @@ class Admission:
         store: where the tensors are; it verifies digests when it opens.
         shapes: `(out, in)` of every module that an adapter of this federation must have.
         norm_bound: largest Frobenius norm of one module's update.
-        base: the base model that contributions must have; a job names its own.
+        base: the federation's base model.
     """
 
     store: AdapterStore
     shapes: Shapes
     norm_bound: float
-    base: BaseIdentity | None = None
+    base: BaseIdentity
 
     def admit(self, job: Job, result: JobResult) -> Manifest:
         """Check one result against the job that it answers.
@@ -67,9 +80,36 @@ class Admission:
         """
         if result.error:
             raise SeedbedError(result.error, result.hint)
+        if result.recipe != job.recipe:
+            raise AdapterMismatchError("the answer is for another job")
         directory = self.store.open(result.digest)
         checks = {"gate": self._router, "router": self._router, "molora": self._with_experts}
         return checks.get(job.kind, self._adapter)(job, directory)
+
+    def admit_seed(self, directory: Path, rank: int) -> Adapter:
+        """Check an adapter that is given as the seed.
+
+        Raises:
+            SeedbedError: saying what is wrong.
+        """
+        adapter, manifest = read_adapter(directory)
+        if manifest.base.digest not in ("", self.base.digest):
+            raise AdapterMismatchError(
+                f"the given seed {directory} belongs to {manifest.base.name}, expected {self.base.name}",
+                "Give a seed of this base model.",
+            )
+        if {name: factors.shape for name, factors in adapter.items()} != dict(self.shapes):
+            raise AdapterMismatchError(
+                f"the given seed {directory} does not adapt the modules of lora.targets",
+                "Give a seed trained with the same targets, or change lora.targets.",
+            )
+        ranks = {factors.rank for factors in adapter.values()}
+        if ranks != {rank}:
+            raise AdapterMismatchError(
+                f"the given seed has rank {min(ranks)} to {max(ranks)}, expected {rank}",
+                "Set lora.rank to the seed's rank.",
+            )
+        return adapter
 
     def admit_contribution(self, digest: str) -> dict[str, float]:
         """Check an expert that was trained elsewhere, whatever its rank.
@@ -82,8 +122,6 @@ class Admission:
         Raises:
             SeedbedError: saying what is wrong, with the module or field, expected and got.
         """
-        if self.base is None:
-            raise ConfigError("this federation takes no contributions")
         directory = self.store.open(digest)
         bound = _RANKS * 4 * sum(rows + columns for rows, columns in self.shapes.values()) + _HEADER_BYTES
         adapter, manifest = read_adapter(directory, max_bytes=bound)

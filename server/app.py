@@ -20,7 +20,7 @@ from seedbed.common.events import EventLog
 from seedbed.common.files import atomic_write
 from seedbed.common.manifest import Record
 from seedbed.server.conductor import conduct, open_setting, settled
-from seedbed.server.exchange import GridExchange
+from seedbed.server.messenger import GridMessenger
 from seedbed.server.observer import Lines, Recorder
 
 app = ServerApp()
@@ -59,7 +59,7 @@ def _serve(root: Path, grid: Grid, command: str) -> None:
         setting = open_setting(config, root, recorder, resume=True, command=command, training=False)
         try:
             if not settled(setting.run):
-                conduct(setting, GridExchange(grid))
+                conduct(setting, GridMessenger(grid))
         finally:
             setting.run.close()
     except SeedbedError as error:

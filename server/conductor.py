@@ -22,11 +22,11 @@ from seedbed.server.describe import plan_tables
 from seedbed.server.evaluation import results as records
 from seedbed.server.evaluation.report import write_report
 from seedbed.server.evaluation.results import Results
-from seedbed.server.exchange import Exchange
 from seedbed.server.federation import Federation
 from seedbed.server.inputs import EMBEDDED_TEST, Inputs, find_inputs, with_embedded_text, write_embedded
 from seedbed.server.ledger import Entry
 from seedbed.server.measurement import Measurement
+from seedbed.server.messenger import Messenger
 from seedbed.server.observer import Observer, Silent
 from seedbed.server.plan import Planner
 from seedbed.server.rundir import RunDirectory
@@ -45,11 +45,11 @@ class Setting:
     observe: Observer
     command: str = ""
 
-    def federation(self, workforce: Workforce | Exchange) -> Federation:
+    def federation(self, workforce: Workforce | Messenger) -> Federation:
         return Federation(self.run, workforce, self.base, self.shapes, self.observe)
 
 
-def conduct(setting: Setting, workforce: Workforce | Exchange) -> Results:
+def conduct(setting: Setting, workforce: Workforce | Messenger) -> Results:
     """All stages, whatever is missing of them, down to the report.
 
     Raises:

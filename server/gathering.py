@@ -1,6 +1,7 @@
 """Stages with participants that come late, vanish and come back: greeted when they come, given jobs while a stage is open.
 
-`Assignments` decides who gets what; `Exchange` carries it; here the two meet, until all jobs are done or the deadline is there.
+`Assignments` decides who gets what; `Messenger` carries it; here the two meet, until all jobs are done or the deadline is
+there. `server.roster` is for participants that are all there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from seedbed.common.errors import SeedbedError
 from seedbed.common.events import Event, EventLog
 from seedbed.common.jobs import Hello, Job, JobResult
 from seedbed.server.assignments import Assignment, Assignments
-from seedbed.server.exchange import Answer, Exchange
+from seedbed.server.messenger import Answer, Messenger
 from seedbed.server.observer import Observer
 from seedbed.server.plan import PUBLIC, PUBLIC_ROUTER
 from seedbed.server.workforce import Failure
@@ -35,7 +36,7 @@ class Stage:
         deadline: seconds.
         take: checks an answer and records it; raises SeedbedError where it is refused.
         give_up: is told, once for each job that ends without a result: whose fault (a name), and why, and whether it failed
-            (else nobody was there to do it).
+            (else nobody was there to do it, who may come yet).
         elsewhere: results that came on other ways, by job name; asked again and again.
         alive: names of jobs that have shown signs of life since the last call.
     """
@@ -56,12 +57,12 @@ class Gathering:
     """Everybody who is or was here, over all stages of a run.
 
     Args:
-        exchange: carries messages.
+        messenger: carries messages.
         refusal: why a participant is not let in; empty where it is.
         observe: is told who comes and goes.
     """
 
-    exchange: Exchange
+    messenger: Messenger
     refusal: Callable[[Hello], str]
     observe: Observer
     members: dict[int, Hello] = field(default_factory=dict)
@@ -77,18 +78,18 @@ class Gathering:
         desk = Assignments(stage.jobs, attempts=stage.attempts, silence=stage.silence, patience=stage.patience)
         for node, hello in self.members.items():
             desk.welcome(node, hello.node, tasks_of(hello))
-        end = self.exchange.now() + stage.deadline
+        end = self.messenger.now() + stage.deadline
         told: tuple[float, list[str]] = (float("-inf"), [])
-        while not desk.over and self.exchange.now() < end:
+        while not desk.over and self.messenger.now() < end:
             self._attend(desk)
-            for answer in self.exchange.collect():
+            for answer in self.messenger.collect():
                 self._hear(answer, desk, stage)
             self._elsewhere(desk, stage)
-            for due in desk.due(self.exchange.now()):
-                self._give(due, max(1.0, end - self.exchange.now()))
+            for due in desk.due(self.messenger.now()):
+                self._give(due, max(1.0, end - self.messenger.now()))
             told = self._say_missing(desk, told)
             if not desk.over:
-                self.exchange.pause()
+                self.messenger.pause()
         for job, blamed, reason in desk.remaining():
             if reason == "did not answer":
                 reason = f"did not answer within {stage.deadline:.0f} s"
@@ -96,14 +97,14 @@ class Gathering:
 
     def _attend(self, desk: Assignments) -> None:
         """Greet who is new, and part from who is gone."""
-        present, now = self.exchange.present(), self.exchange.now()
+        present, now = self.messenger.present(), self.messenger.now()
         for node in [node for node in (*self.members, *self._refused) if node not in present]:
             self._part(node, desk)
         for node in sorted(present - self.members.keys() - self._refused):
             last, wait = self._greeted.get(node, (float("-inf"), 0.0))
             if now - last >= wait:
                 self._greeted[node] = now, 2 * wait or _GREETING_SECONDS
-                self.exchange.greet(node, _GREETING_LASTS)
+                self.messenger.greet(node, _GREETING_LASTS)
 
     def _part(self, node: int, desk: Assignments) -> None:
         self._greeted.pop(node, None)
@@ -165,12 +166,12 @@ class Gathering:
         for name in stage.elsewhere():
             if desk.wants(name):
                 desk.settle(name)
-        now = self.exchange.now()
+        now = self.messenger.now()
         for name in stage.alive():
             desk.heard(name, now)
 
     def _give(self, due: Assignment, seconds: float) -> None:
-        self.exchange.ask(due.node, due.job, seconds)
+        self.messenger.ask(due.node, due.job, seconds)
         if not due.repeated:
             steps = {"steps": due.job.training.steps, "attempt": due.attempt}
             self._tell(due.node, due.job, "running", "", **steps)
@@ -181,7 +182,7 @@ class Gathering:
 
     def _say_missing(self, desk: Assignments, told: tuple[float, list[str]]) -> tuple[float, list[str]]:
         """Whom the stage waits for: said when that changes, and now and then."""
-        missing, now = desk.missing(), self.exchange.now()
+        missing, now = desk.missing(), self.messenger.now()
         before, last = told
         new = [when for node, (when, _) in self._greeted.items() if self._is_new(node)]
         greeting = any(now - when < _GREETING_SECONDS for when in new)

@@ -30,8 +30,9 @@ from seedbed.common.errors import EnvironmentFailure
 from seedbed.common.jobs import GENERAL, NODES_VARIABLE, DataSource, Node
 from seedbed.common.storage import atomic_write
 from seedbed.server.inputs import Inputs
+from seedbed.server.messenger import GridWorkforce
 from seedbed.server.rundir import RunDirectory
-from seedbed.server.workforce import GridWorkforce, Workforce
+from seedbed.server.workforce import Workforce
 
 _STRAGGLER_SECONDS = 10.0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from seedbed.client.join.supervise import scripts_first
 from seedbed.common import basemodel
 from seedbed.common.config import BaseModelConfig, LoraSettings
 from seedbed.common.files import atomic_write
+from seedbed.common.flower import flower_environment
 from seedbed.common.processes import Child, RotatingLog, free_port
 from seedbed.common.registry import FederationInfo
 from seedbed.server.coordinator.control import SuperLinkControl
@@ -32,7 +31,7 @@ from flwr.serverapp import Grid, ServerApp
 from seedbed.common import basemodel
 from seedbed.common.config import BaseModelConfig, LoraSettings, TrainingSettings
 from seedbed.common.jobs import Job
-from seedbed.server.workforce import GridWorkforce
+from seedbed.server.messenger import GridWorkforce
 
 app = ServerApp()
 
@@ -108,10 +107,6 @@ class World:
         self.control = SuperLinkControl(f"127.0.0.1:{self.superlink_port}")
         until(self.control.ready, "the SuperLink")
 
-    @property
-    def environment(self) -> dict[str, str]:
-        return {"PATH": scripts_first(os.environ["PATH"]), "FLWR_HOME": str(self.root / "superlink")}
-
     def say(self, state: str) -> None:
         """What the gateway says of the federation."""
         identity = basemodel.identify(basemodel.resolve(BaseModelConfig()), "embedded")
@@ -145,7 +140,9 @@ class World:
             ],
         }[service]
         log = RotatingLog(self.root / f"{service}.log")
-        self.children[service] = Child(service, command, log=log, environment=self.environment)
+        self.children[service] = Child(
+            service, command, log=log, environment=flower_environment(self.root / "superlink")
+        )
 
     def join(self, *, once: bool = False) -> subprocess.Popen[bytes]:
         host, task, work = f"127.0.0.1:{self.port}", str(self.root / "sums.train.jsonl"), str(self.root / "ada")

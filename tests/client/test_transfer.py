@@ -43,7 +43,9 @@ def job(transfer: str, kind: str = "expert") -> Job:
 
 def admission(node: Node, given: JobResult) -> Admission:
     file = AdapterFile(DirectoryStore(node.store).open(given.digest))
-    return Admission(DirectoryStore(node.store), {name: file.shape(name) for name in file.names}, 1e4)
+    return Admission(
+        DirectoryStore(node.store), {name: file.shape(name) for name in file.names}, 1e4, job("float32").base
+    )
 
 
 @pytest.mark.parametrize(("transfer", "share"), [("bfloat16", 0.55), ("int8", 0.35)])

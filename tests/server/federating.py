@@ -19,6 +19,7 @@ import yaml
 from seedbed.common.config import BaseModelConfig
 from seedbed.common.embedded import write_task
 from seedbed.common.events import Event, EventLog
+from seedbed.common.flower import flower_environment
 from seedbed.common.jobs import DataSource, Node
 from seedbed.common.processes import Child, RotatingLog, free_port
 from seedbed.common.registry import RegistryAccess
@@ -172,13 +173,7 @@ def supernode(home: Path, task: str, gateway: int, registry: int, *, keys: Path 
         command += ["--insecure"]
     else:
         command += ["--root-certificates", str(keys / "ca.crt"), "--auth-supernode-private-key", str(keys / "node.key")]
-    environment = {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "FLWR_HOME": str(place / "flower"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "OMP_NUM_THREADS": "1",
-    }
+    environment = {**flower_environment(place / "flower"), "OMP_NUM_THREADS": "1"}
     return Child(name, command, log=RotatingLog(home / "nodes.log"), environment=environment)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from seedbed.common.jobs import Hello, Job, JobResult
-from seedbed.server.exchange import Answer
+from seedbed.server.messenger import Answer
 from seedbed.server.workforce import Failure
 
 Does = Callable[[Job, int], "JobResult | Failure | None"]
@@ -30,8 +30,8 @@ class Node:
         return any(start <= now < end for start, end in self.there)
 
 
-class ScriptedExchange:
-    """An `Exchange` with nodes by number; `pause` lets one second pass."""
+class ScriptedMessenger:
+    """An `Messenger` with nodes by number; `pause` lets one second pass."""
 
     def __init__(self, nodes: dict[int, Node]) -> None:
         self.nodes = nodes

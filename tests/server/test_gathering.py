@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import Does, Node, ScriptedExchange
+from scripted import Does, Node, ScriptedMessenger
 from village import BASE, OTHER, SHAPES, Village, adapter, config, done, open_run, put
 
 from seedbed.common.errors import QuorumError
@@ -63,8 +63,10 @@ def trains(run: RunDirectory) -> Does:
     return lambda job, _: village._train(job)
 
 
-def conduct(run: RunDirectory, exchange: ScriptedExchange, listener: Listener | None = None) -> dict[str, Combination]:
-    federation = Federation(run, exchange, BASE, SHAPES, listener or Listener())
+def conduct(
+    run: RunDirectory, messenger: ScriptedMessenger, listener: Listener | None = None
+) -> dict[str, Combination]:
+    federation = Federation(run, messenger, BASE, SHAPES, listener or Listener())
     return {candidate.name: candidate for candidate in federation.conduct(diagnose=False)}
 
 
@@ -77,21 +79,21 @@ def delta(run: RunDirectory, candidate: Combination) -> float:
 def test_who_is_there_from_the_start_trains_everything(tmp_path: Path) -> None:
     run = open_federation(tmp_path)
     work = trains(run)
-    exchange = ScriptedExchange({1: Node(hello("one", "a"), work), 2: Node(hello("two", "b"), work)})
-    found = conduct(run, exchange)
+    messenger = ScriptedMessenger({1: Node(hello("one", "a"), work), 2: Node(hello("two", "b"), work)})
+    found = conduct(run, messenger)
     assert delta(run, found["average"]) == pytest.approx(3 + 3 + 1), "2 seed steps, 3 steps, a name of one letter each"
-    assert exchange.nodes[1].asked == ["seed:a:round-1", "expert:a"]
+    assert messenger.nodes[1].asked == ["seed:a:round-1", "expert:a"]
 
 
 def test_whoever_comes_late_is_greeted_and_takes_part(tmp_path: Path) -> None:
     run = open_federation(tmp_path)
     work, listener = trains(run), Listener()
     late = Node(hello("two", "b"), work, there=((40, FOREVER),))
-    exchange = ScriptedExchange({1: Node(hello("one", "a"), work), 2: late})
-    found = conduct(run, exchange, listener)
+    messenger = ScriptedMessenger({1: Node(hello("one", "a"), work), 2: late})
+    found = conduct(run, messenger, listener)
     assert set(found) == {"base", "seed", "expert:a", "expert:b", "average"}
     assert late.asked == ["seed:b:round-1", "expert:b"]
-    assert exchange.asked("seed:b:round-1") == [(40, 2)]
+    assert messenger.asked("seed:b:round-1") == [(40, 2)]
     assert "waiting for participants that bring: b" in listener.notes
 
 
@@ -99,10 +101,10 @@ def test_whoever_takes_long_to_say_who_it_is_takes_part_and_joins_once(tmp_path:
     run = open_federation(tmp_path)
     work, listener = trains(run), Listener()
     slow = Node(hello("two", "b"), work, greets=40)
-    exchange = ScriptedExchange({1: Node(hello("one", "a"), work), 2: slow})
-    assert "expert:b" in conduct(run, exchange, listener)
-    assert [when for when, node in exchange.asked("hello") if node == 2] == [0, 30]
-    assert exchange.asked("seed:b:round-1") == [(40, 2)]
+    messenger = ScriptedMessenger({1: Node(hello("one", "a"), work), 2: slow})
+    assert "expert:b" in conduct(run, messenger, listener)
+    assert [when for when, node in messenger.asked("hello") if node == 2] == [0, 30]
+    assert messenger.asked("seed:b:round-1") == [(40, 2)]
     joined = [event for event in listener.of("node") if event.node == "two" and event.detail["state"] == "joined"]
     assert len(joined) == 1, "though it answers both greetings"
 
@@ -111,7 +113,7 @@ def test_a_seed_goes_on_without_the_one_that_comes_only_for_its_expert(tmp_path:
     run = open_federation(tmp_path, quorum=0.5)
     work = trains(run)
     late = Node(hello("two", "b"), work, there=((120, FOREVER),))
-    found = conduct(run, ScriptedExchange({1: Node(hello("one", "a"), work), 2: late}))
+    found = conduct(run, ScriptedMessenger({1: Node(hello("one", "a"), work), 2: late}))
     assert late.asked == ["expert:b"]
     assert len(read_manifest(run.store.open(str(found["seed"].digest))).parents) == 1
     assert {"expert:a", "expert:b"} <= set(found)
@@ -121,9 +123,9 @@ def test_a_job_of_a_vanished_participant_is_asked_again_when_it_is_back(tmp_path
     run = open_federation(tmp_path)
     work, listener = trains(run), Listener()
     lost = Node(hello("two", "b"), work, there=((0, 3), (30, FOREVER)), takes=5)
-    exchange = ScriptedExchange({1: Node(hello("one", "a"), work), 2: lost})
-    found = conduct(run, exchange, listener)
-    assert [when for when, _ in exchange.asked("seed:b:round-1")] == [0, 30]
+    messenger = ScriptedMessenger({1: Node(hello("one", "a"), work), 2: lost})
+    found = conduct(run, messenger, listener)
+    assert [when for when, _ in messenger.asked("seed:b:round-1")] == [0, 30]
     assert "expert:b" in found
     assert not list(run.ledger.of("quarantined"))
     states = [event.detail["state"] for event in listener.of("node") if event.node == "two"]
@@ -134,7 +136,7 @@ def test_flowers_word_that_a_node_is_gone_is_no_failure_of_the_participant(tmp_p
     run = open_federation(tmp_path, attempts=1)
     work = trains(run)
     shaky: Does = lambda job, time: Failure(2, "is gone", vanished=True) if time < 4 else work(job, time)  # noqa: E731
-    found = conduct(run, ScriptedExchange({1: Node(hello("one", "a"), work), 2: Node(hello("two", "b"), shaky)}))
+    found = conduct(run, ScriptedMessenger({1: Node(hello("one", "a"), work), 2: Node(hello("two", "b"), shaky)}))
     assert "expert:b" in found
 
 
@@ -145,7 +147,7 @@ def test_a_participant_that_fails_has_as_many_attempts_as_configured(tmp_path: P
         node="two", name=job.name, recipe=job.recipe, error="out of memory"
     )
     broken = Node(hello("two", "b"), out_of_memory)
-    found = conduct(run, ScriptedExchange({1: Node(hello("one", "a"), work), 2: broken}))
+    found = conduct(run, ScriptedMessenger({1: Node(hello("one", "a"), work), 2: broken}))
     assert broken.asked == ["seed:b:round-1"] * 3, "and it has left the federation before the experts"
     (entry,) = run.ledger.of("quarantined")
     assert (entry.node, entry.name, entry.reason) == ("two", "seed:b:round-1", "out of memory")
@@ -157,10 +159,10 @@ def test_a_refused_update_is_an_attempt_and_the_spare_delivers(tmp_path: Path) -
     work = trains(run)
     liar: Does = lambda job, _: done(job, "f" * 64)  # noqa: E731
     nodes = {1: Node(hello("one", "a"), work), 2: Node(hello("liar", "b"), liar), 3: Node(hello("spare", "b"), work)}
-    exchange = ScriptedExchange(nodes)
-    found = conduct(run, exchange)
+    messenger = ScriptedMessenger(nodes)
+    found = conduct(run, messenger)
     assert "expert:b" in found
-    assert [node for _, node in exchange.asked("seed:b:round-1")] == [2, 3]
+    assert [node for _, node in messenger.asked("seed:b:round-1")] == [2, 3]
 
 
 def test_of_two_with_one_task_one_is_asked_and_the_silent_one_is_relieved(tmp_path: Path) -> None:
@@ -168,9 +170,9 @@ def test_of_two_with_one_task_one_is_asked_and_the_silent_one_is_relieved(tmp_pa
     work = trains(run)
     silent: Does = lambda *_: None  # noqa: E731
     nodes = {1: Node(hello("one", "a"), work), 2: Node(hello("mute", "b"), silent), 3: Node(hello("spare", "b"), work)}
-    exchange = ScriptedExchange(nodes)
-    assert "expert:b" in conduct(run, exchange)
-    assert exchange.asked("seed:b:round-1") == [(0, 2), (20, 3)]
+    messenger = ScriptedMessenger(nodes)
+    assert "expert:b" in conduct(run, messenger)
+    assert messenger.asked("seed:b:round-1") == [(0, 2), (20, 3)]
 
 
 def test_a_second_answer_never_replaces_the_first(tmp_path: Path) -> None:
@@ -182,7 +184,7 @@ def test_a_second_answer_never_replaces_the_first(tmp_path: Path) -> None:
         2: Node(hello("first", "b"), work, takes=10),
         3: Node(hello("second", "b"), other, takes=12),
     }
-    found = conduct(run, ScriptedExchange(nodes))
+    found = conduct(run, ScriptedMessenger(nodes))
     assert delta(run, found["expert:b"]) == pytest.approx(7)
     assert len([entry for entry in run.ledger.of("accepted") if entry.name == "expert:b"]) == 1
 
@@ -190,17 +192,17 @@ def test_a_second_answer_never_replaces_the_first(tmp_path: Path) -> None:
 def test_silence_until_the_deadline_is_told_and_counts_against_the_quorum(tmp_path: Path) -> None:
     run = open_federation(tmp_path)
     silent: Does = lambda *_: None  # noqa: E731
-    exchange = ScriptedExchange({1: Node(hello("one", "a"), trains(run)), 2: Node(hello("mute", "b"), silent)})
+    messenger = ScriptedMessenger({1: Node(hello("one", "a"), trains(run)), 2: Node(hello("mute", "b"), silent)})
     with pytest.raises(QuorumError, match=r"1 of 2 results and needs 2: mute \(seed:b:round-1\): did not answer"):
-        conduct(run, exchange)
+        conduct(run, messenger)
 
 
 def test_when_nobody_comes_the_first_stage_ends_at_its_deadline_naming_whom_it_waited_for(tmp_path: Path) -> None:
     run, listener = open_federation(tmp_path), Listener()
-    exchange = ScriptedExchange({})
+    messenger = ScriptedMessenger({})
     with pytest.raises(QuorumError, match="no participant brings this task"):
-        conduct(run, exchange, listener)
-    assert exchange.clock == 100
+        conduct(run, messenger, listener)
+    assert messenger.clock == 100
     assert listener.notes[0] == "waiting for participants that bring: a, b"
 
 
@@ -208,7 +210,7 @@ def test_who_does_not_match_is_refused_once_and_asked_for_nothing(tmp_path: Path
     run, listener = open_federation(tmp_path, quorum=0.5), Listener()
     work = trains(run)
     stranger = Node(hello("stranger", "b", base=OTHER), work)
-    conduct(run, ScriptedExchange({1: Node(hello("one", "a"), work), 2: stranger}), listener)
+    conduct(run, ScriptedMessenger({1: Node(hello("one", "a"), work), 2: stranger}), listener)
     assert stranger.asked == []
     refused = [entry for entry in run.ledger.of("quarantined") if entry.name == "hello"]
     assert [entry.node for entry in refused] == ["stranger"]
@@ -218,10 +220,10 @@ def test_who_does_not_match_is_refused_once_and_asked_for_nothing(tmp_path: Path
 def test_a_stage_that_was_over_is_not_opened_again_after_a_crash(tmp_path: Path) -> None:
     run = open_federation(tmp_path, quorum=0.5)
     work = trains(run)
-    first = conduct(run, ScriptedExchange({1: Node(hello("one", "a"), work)}))
+    first = conduct(run, ScriptedMessenger({1: Node(hello("one", "a"), work)}))
     run.close()
     again = open_federation(tmp_path, quorum=0.5)
-    both = ScriptedExchange({1: Node(hello("one", "a"), work), 2: Node(hello("two", "b"), work)})
+    both = ScriptedMessenger({1: Node(hello("one", "a"), work), 2: Node(hello("two", "b"), work)})
     assert conduct(again, both) == first, "a seed that is made stays as it is: experts have been trained from it"
     assert both.log == []
 
@@ -248,17 +250,17 @@ def test_a_contributed_expert_takes_the_place_of_a_participant_that_is_not_there
 ) -> None:
     run = open_federation(tmp_path, quorum=0.5)
     work = trains(run)
-    exchange = ScriptedExchange({1: Node(hello("one", "a"), work)})
-    original = exchange.pause
+    messenger = ScriptedMessenger({1: Node(hello("one", "a"), work)})
+    original = messenger.pause
 
     def pause() -> None:
         original()
-        if exchange.clock == 130:
+        if messenger.clock == 130:
             contribute(run, "b", 1.0)
 
-    exchange.pause = pause  # type: ignore[method-assign]
-    found = conduct(run, exchange)
-    assert exchange.clock == 130, "the seed's deadline, and then no longer than until it came"
+    messenger.pause = pause  # type: ignore[method-assign]
+    found = conduct(run, messenger)
+    assert messenger.clock == 130, "the seed's deadline, and then no longer than until it came"
     assert delta(run, found["expert:b"]) == 1
     assert delta(run, found["average"]) == pytest.approx((7 + 1) / 2)
     accepted = next(entry for entry in run.ledger.of("accepted") if entry.name == "contributed:b")
@@ -268,26 +270,26 @@ def test_a_contributed_expert_takes_the_place_of_a_participant_that_is_not_there
 def test_what_a_participant_has_delivered_comes_before_what_is_contributed(tmp_path: Path) -> None:
     run = open_federation(tmp_path)
     work = trains(run)
-    exchange = ScriptedExchange({1: Node(hello("one", "a"), work), 2: Node(hello("two", "b"), work)})
+    messenger = ScriptedMessenger({1: Node(hello("one", "a"), work), 2: Node(hello("two", "b"), work)})
     run.ledger.append(Entry(event="hello"))
-    first = conduct(run, exchange)
+    first = conduct(run, messenger)
     contribute(run, "b", 1.0)
     run.close()
     again = open_federation(tmp_path)
-    assert conduct(again, ScriptedExchange({}))["average"] == first["average"]
+    assert conduct(again, ScriptedMessenger({}))["average"] == first["average"]
 
 
 def test_an_expert_for_a_further_task_joins_the_merges_and_can_be_withdrawn(tmp_path: Path) -> None:
     run = open_federation(tmp_path)
     work = trains(run)
-    exchange = ScriptedExchange({1: Node(hello("one", "a"), work), 2: Node(hello("two", "b"), work)})
-    before = conduct(run, exchange)["average"]
+    messenger = ScriptedMessenger({1: Node(hello("one", "a"), work), 2: Node(hello("two", "b"), work)})
+    before = conduct(run, messenger)["average"]
     run.ledger.append(Entry(event="finished"))
     digest = contribute(run, "poetry", 1.0)
     run.close()
 
     again = open_federation(tmp_path)
-    found = conduct(again, ScriptedExchange({}))
+    found = conduct(again, ScriptedMessenger({}))
     assert delta(again, found["average"]) == pytest.approx((7 + 7 + 1) / 3)
     assert read_manifest(again.adapters / "average").digest == found["average"].digest, (
         "the published one is the new one"
@@ -296,7 +298,7 @@ def test_an_expert_for_a_further_task_joins_the_merges_and_can_be_withdrawn(tmp_
     again.close()
 
     last = open_federation(tmp_path)
-    assert conduct(last, ScriptedExchange({}))["average"] == before
+    assert conduct(last, ScriptedMessenger({}))["average"] == before
 
 
 def test_a_contribution_of_another_rank_is_averaged(tmp_path: Path) -> None:
@@ -311,8 +313,8 @@ def test_a_contribution_of_another_rank_is_averaged(tmp_path: Path) -> None:
     write_adapter(place, wide, kind="external", base=BASE)
     digest = DirectoryStore(run.root / "store").put(place)
     note(run, Contribution(digest=digest, task="poetry", name="wide", participant="carol", time=1))
-    exchange = ScriptedExchange({1: Node(hello("one", "a"), work), 2: Node(hello("two", "b"), work)})
-    found = conduct(run, exchange)
+    messenger = ScriptedMessenger({1: Node(hello("one", "a"), work), 2: Node(hello("two", "b"), work)})
+    found = conduct(run, messenger)
     assert delta(run, found["average"]) == pytest.approx((7 + 7 + 1) / 3)
 
 
@@ -335,8 +337,8 @@ def test_a_contribution_that_does_not_fit_is_quarantined_with_a_reason(
     write_adapter(place, value, **{"kind": "external", "base": BASE, **fields})
     digest = DirectoryStore(run.root / "store").put(place)
     note(run, Contribution(digest=digest, task="poetry", name="odd", participant="carol", time=1))
-    exchange = ScriptedExchange({1: Node(hello("one", "a"), work), 2: Node(hello("two", "b"), work)})
-    found = conduct(run, exchange)
+    messenger = ScriptedMessenger({1: Node(hello("one", "a"), work), 2: Node(hello("two", "b"), work)})
+    found = conduct(run, messenger)
     assert delta(run, found["average"]) == pytest.approx(7)
     (entry,) = run.ledger.of("quarantined")
     assert (entry.node, entry.name) == ("carol", "contributed:odd")
@@ -356,7 +358,7 @@ def test_an_expert_whose_update_is_far_larger_than_the_others_is_shut_out_where_
         return done(job, put(run.root / "store", job, adapter(1000.0))) if job.kind == "expert" else work(job, time)  # type: ignore[return-value]
 
     found = conduct(
-        run, ScriptedExchange({1: Node(hello("one", "a"), work), 2: Node(hello("two", "b"), wild)}), listener
+        run, ScriptedMessenger({1: Node(hello("one", "a"), work), 2: Node(hello("two", "b"), wild)}), listener
     )
     assert "expert:b" not in found
     assert delta(run, found["average"]) == pytest.approx(7)
