@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from seedbed.common.errors import ConfigError
 from seedbed.server.cli.console import command_line, observer
 from seedbed.server.cli.options import (
     HOST,
@@ -20,12 +21,15 @@ from seedbed.server.cli.options import (
     Gpus,
     Host,
     Insecure,
+    Linger,
     Name,
     Out,
+    Pause,
     Quiet,
     Resume,
     Set,
     Tasks,
+    Wait,
     Work,
     overrides,
 )
@@ -54,9 +58,7 @@ def coordinator(
         Path | None, typer.Option(metavar="DIR", help="Made by seedbed keys init.", show_default=False)
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without keys.")] = False,
-    linger: Annotated[
-        float, typer.Option(metavar="SECONDS", help="Serve so long after the end; -1: until interrupted.")
-    ] = 10.0,
+    linger: Linger = 10.0,
     quiet: Quiet = False,
 ) -> None:
     """Launch a federation: wait for participants, lead them through it, evaluate, report. Continue it with --resume."""
@@ -99,7 +101,7 @@ def join(
     gpus: Gpus = "auto",
     insecure: Insecure = False,
     once: Annotated[bool, typer.Option("--once", help="Leave when the federation has ended.")] = False,
-    wait: Annotated[float, typer.Option(metavar="SECONDS", help="Try a first contact for so long.")] = 0.0,
+    wait: Wait = 0.0,
     clip: Annotated[
         float | None, typer.Option(help="Differential privacy: norm to clip updates to.", show_default=False)
     ] = None,
@@ -107,7 +109,7 @@ def join(
         float | None, typer.Option(help="Differential privacy: noise, in units of --clip.", show_default=False)
     ] = None,
     delta: Annotated[float, typer.Option(help="Differential privacy: where epsilon is stated.")] = 1e-5,
-    checkpoint_seconds: Annotated[float, typer.Option(min=0, help="Time between checkpoints of a training.")] = 300.0,
+    checkpoint_seconds: Pause = 300.0,
     quiet: Quiet = False,
 ) -> None:
     """Take part with GPUs (or a CPU): trains when it is asked, reconnects for ever, and goes on where it was."""
@@ -236,9 +238,14 @@ def withdraw(
 
 def _look(where: str | None, keys: Path | None, insecure: bool) -> Callable[[], Status]:
     """What `status` and `watch` look at: a run directory of this machine, or a coordinator."""
-    from seedbed.server.monitor.reader import RunReader
+    if where is not None and Path(where).exists():
+        from seedbed.server.monitor.reader import RunReader
 
-    if where is not None and (Path(where) / "config.yaml").is_file():
+        if not (Path(where) / "config.yaml").is_file():
+            raise ConfigError(
+                f"{where} is no run directory: it has no config.yaml",
+                "Name a run directory, or a coordinator's HOST:PORT.",
+            )
         return RunReader(Path(where)).look
     from seedbed.client.connect import gateway
     from seedbed.server.monitor.remote import remote

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a number of seconds.")
+    return value
+
 
 Out = Annotated[Path | None, typer.Option(help="Run directory; runs/NAME unless given.", show_default=False)]
 Set = Annotated[
@@ -40,6 +48,16 @@ Name = Annotated[
 Work = Annotated[
     Path | None,
     typer.Option("--work", metavar="DIR", help="~/.local/share/seedbed/NAME unless given.", show_default=False),
+]
+Linger = Annotated[
+    float,
+    typer.Option(metavar="SECONDS", callback=_finite, help="Serve so long after the end; -1: until interrupted."),
+]
+Wait = Annotated[
+    float, typer.Option(metavar="SECONDS", min=0, callback=_finite, help="Try a first contact for so long.")
+]
+Pause = Annotated[
+    float, typer.Option(metavar="SECONDS", min=0, callback=_finite, help="Time between checkpoints of a training.")
 ]
 Gpus = Annotated[str, typer.Option("--gpus", metavar="LIST", help="auto, none, or indices such as 0,1.")]
 

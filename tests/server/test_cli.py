@@ -22,6 +22,7 @@ from seedbed.common.embedded import MODEL_DIR
 from seedbed.common.manifest import BaseIdentity
 from seedbed.common.storage import write_adapter
 from seedbed.server.cli import main
+from seedbed.server.cli.console import command_line
 
 
 @dataclass
@@ -431,6 +432,41 @@ def test_what_is_not_there_is_named(
 ) -> None:
     jsonl(tmp_path / "x.jsonl", GOOD)
     assert_refused(seedbed(*arguments, cwd=tmp_path), code, *words)
+
+
+@pytest.mark.parametrize("verb", ["status", "watch"])
+def test_a_directory_that_holds_no_run_is_not_taken_for_a_host(tmp_path: Path, verb: str) -> None:
+    (tmp_path / "there").mkdir()
+    assert_refused(seedbed(verb, "there", cwd=tmp_path), 3, "there is no run directory", "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("join", "127.0.0.1:1", "--wait", "nan"), "--wait"),
+        (("join", "127.0.0.1:1", "--checkpoint-seconds", "inf"), "--checkpoint-seconds"),
+        (("coordinator", "embedded", "--linger", "nan"), "--linger"),
+        (("coordinator", "embedded", "--port", "65536"), "--port"),
+        (("coordinator", "embedded", "--registry-port", "70000"), "--registry-port"),
+    ],
+)
+def test_numbers_that_are_none_are_refused_before_anything_is_written(
+    tmp_path: Path, arguments: tuple[str, ...], word: str
+) -> None:
+    outcome = seedbed(*arguments, cwd=tmp_path)
+    assert outcome.returncode == 2
+    assert word in outcome.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_infinite_setting_is_refused(tmp_path: Path) -> None:
+    outcome = seedbed("simulate", "embedded", "--set", "training.learning_rate=.inf", cwd=tmp_path)
+    assert_refused(outcome, 3, "training.learning_rate", "finite")
+
+
+def test_a_report_holds_the_command_as_it_can_be_typed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["seedbed", "simulate", "--set", "combine.candidates=[base, average]"])
+    assert command_line() == "seedbed simulate --set 'combine.candidates=[base, average]'"
 
 
 def test_scores_can_be_written_as_lm_eval_writes_them(tmp_path: Path) -> None:
