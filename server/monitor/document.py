@@ -5,7 +5,8 @@
     stage {name, total, done, began, advanced}
     received, sent                                           bytes of adapters, seen from the coordinator
     nodes [...], jobs [...], arrivals [...], contributions [...], notes [...]    fields as in `state`
-    counts {open, running, done, quarantined}, arrived, dropped, unknown
+    counts {open, running, done, quarantined}                of jobs, with the `dropped` that are not in the list
+    arrived, dropped, unknown
 
 A job has `curve`, a list of [step, loss], and `loss`, `pace`, `tokens_per_second`; curves are sent of at most `CURVES` jobs,
 those that train now and those that ended last.

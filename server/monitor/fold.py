@@ -19,6 +19,7 @@ from seedbed.server.monitor.state import (
     NODES,
     NOTES,
     ContributionView,
+    NodeState,
     NodeView,
     Note,
     Stage,
@@ -26,7 +27,6 @@ from seedbed.server.monitor.state import (
 )
 
 _Value = TypeVar("_Value")
-_INCOMING = ("in", "submitted")
 
 
 def fold(status: Status, event: Event) -> Status:
@@ -111,13 +111,14 @@ def _node(status: Status, event: Event) -> Status:
     if view is None:
         return status
     said = str(event.detail.get("state", "here"))
+    state: NodeState = "gone" if said == "gone" else "refused" if said == "refused" else "here"
     view = replace(
         view,
-        state="gone" if said == "gone" else "refused" if said == "refused" else "here",
+        state=state,
         tasks=texts(event.detail.get("tasks")) or view.tasks,
         devices=texts(event.detail.get("devices")) or view.devices,
         reason=text(event.detail.get("reason")),
-        job="" if said in ("gone", "refused") else view.job,
+        job=view.job if state == "here" else "",
     )
     return replace(status, nodes={**status.nodes, view.name: view})
 
@@ -138,9 +139,9 @@ def _contributed(status: Status, event: Event) -> Status:
 
 
 def _transfer(status: Status, event: Event) -> Status:
-    """`bytes`, `digest`; what was submitted (or has `direction` in) came in, all else went out."""
+    """`bytes`, `digest`; the name says whether it was submitted, and so came in, or fetched."""
     count, digest = int(number(event.detail, "bytes") or 0), text(event.detail.get("digest"))
-    if event.name not in _INCOMING and str(event.detail.get("direction", "")) not in _INCOMING:
+    if event.name != "submitted":
         return replace(status, sent=status.sent + count)
     # An upload that was interrupted comes in parts.
     uploads = {**status.uploads, digest: status.uploads.get(digest, 0) + count}

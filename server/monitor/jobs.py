@@ -19,7 +19,6 @@ def job_event(status: Status, event: Event) -> Status:
     started = said == "running" and job.state != "running"
     job = replace(
         job,
-        node=text(event.node) or job.node,
         state="running" if said == "running" else "open",
         steps=int(number(event.detail, "steps") or job.steps),
         attempts=int(attempt) if attempt is not None else job.attempts + started,
@@ -38,7 +37,6 @@ def step_event(status: Status, event: Event) -> Status:
     seconds = number(event.detail, "seconds") or job.seconds
     job = replace(
         job,
-        node=text(event.node) or job.node,
         state="running",
         step=step,
         steps=int(number(event.detail, "steps") or job.steps),
@@ -61,7 +59,6 @@ def accepted_event(status: Status, event: Event) -> Status:
     seconds, loss = number(event.detail, "seconds") or job.seconds, number(event.detail, "loss", negative=True)
     job = replace(
         job,
-        node=text(event.node) or job.node,
         state="done",
         step=steps or job.step,
         steps=steps,
@@ -93,7 +90,12 @@ def _measured(status: Status, event: Event, digest: str) -> Status:
     if size is None and norm is None and cosine is None:
         return status
     arrivals = tuple(
-        replace(one, size=int(size or one.size), norm=_first(norm, one.norm), cosine=_first(cosine, one.cosine))
+        replace(
+            one,
+            size=int(size or one.size),
+            norm=one.norm if norm is None else norm,
+            cosine=one.cosine if cosine is None else cosine,
+        )
         if (one.digest, one.name) == (digest, text(event.name))
         else one
         for one in status.arrivals
@@ -106,25 +108,21 @@ def quarantined_event(status: Status, event: Event) -> Status:
     job = _job_of(status, event)
     if job.state == "done" and event.time < job.ended:
         return status  # of an earlier attempt; what comes later shuts out what had been accepted
-    reason = text(event.detail.get("reason"))
     job = replace(
         job,
-        node=text(event.node) or job.node,
         state="quarantined",
-        reason=reason,
+        reason=text(event.detail.get("reason")),
         attempts=job.attempts or 1,
         ended=event.time,
     )
     return _with_job(status, job, works=False)
 
 
-def _first(*values: float | None) -> float | None:
-    return next((value for value in values if value is not None), None)
-
-
 def _job_of(status: Status, event: Event) -> JobView:
-    name = text(event.name)
-    return status.jobs.get(name) or JobView(name, text(event.node), stage=status.stage.name)
+    """The job that an event is about, with whoever is at it now."""
+    name, node = text(event.name), text(event.node)
+    job = status.jobs.get(name) or JobView(name, stage=status.stage.name)
+    return replace(job, node=node or job.node)
 
 
 def _with_job(status: Status, job: JobView, *, works: bool) -> Status:

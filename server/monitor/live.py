@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 
 from rich.bar import Bar
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -17,8 +16,8 @@ from seedbed.common.errors import EnvironmentFailure
 from seedbed.server.monitor.changes import changes
 from seedbed.server.monitor.estimate import remaining_seconds
 from seedbed.server.monitor.state import Arrival, Status
-from seedbed.server.monitor.table import COLOURS, Row, rows, troubles
-from seedbed.server.monitor.words import ago, duration, loss, progress, size, sparkline, speed, steps, transferred
+from seedbed.server.monitor.table import COLOURS, cut, people, rows, troubles
+from seedbed.server.monitor.words import ago, duration, progress, size, transferred
 
 _BESIDE = 16
 """Lines of the picture that are not participants."""
@@ -114,8 +113,8 @@ def picture(status: Status, *, lines: int = 20, now: float | None = None, silenc
     parts: list[RenderableType] = [_head(status, now), _stage(status), _people(status, lines, now)]
     if status.arrivals:
         parts.append(_arrivals(status, now))
-    parts += [Text(line, style="red", no_wrap=True, overflow="ellipsis") for line in troubles(status)[:3]]
-    parts += [Text(note.text, style="dim", no_wrap=True, overflow="ellipsis") for note in status.notes[-2:]]
+    parts += [cut(line, "red") for line in troubles(status)[:3]]
+    parts += [cut(note.text, "dim") for note in status.notes[-2:]]
     if silence:
         parts.append(Text(silence, style="yellow"))
     return Group(*parts)
@@ -125,8 +124,8 @@ def _head(status: Status, now: float) -> Text:
     head = Text(status.name or "federation", style="bold")
     head.append(f"  {status.state}", style=f"not bold {COLOURS.get(status.state, '')}")
     ran = (status.time if status.ended else now) - status.began if status.began else 0.0
-    handed = sum(not one.withdrawn for one in status.contributions.values())
-    told = [f"for {duration(ran)}", transferred(status), f"{status.arrived} arrived", f"{handed} contributed"]
+    told = [f"for {duration(ran)}", transferred(status), f"{status.arrived} arrived"]
+    told.append(f"{status.contributed} contributed")
     head.append("  " + ", ".join(told), style="not bold dim")
     return head
 
@@ -143,36 +142,15 @@ def _stage(status: Status) -> RenderableType:
 
 
 def _people(status: Status, lines: int, now: float) -> RenderableType:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("Participant", max_width=26)
-    table.add_column("State", no_wrap=True)
-    table.add_column("Job")
-    table.add_column("Loss curve", no_wrap=True, width=_CURVE)
-    for name in ("Loss", "Steps", "Tok/s", "Seen"):
-        table.add_column(name, justify="right", no_wrap=True)
     found = rows(status)
-    for row in found[:lines]:
-        table.add_row(*_cells(row, now))
-    if len(found) <= lines:
-        return table
-    return Group(table, Text(f"and {len(found) - lines} more", style="dim"))
-
-
-def _cells(row: Row, now: float) -> list[Text]:
-    job = row.job
-    what = f"{row.done} done" if row.done and row.state == "idle" else job.name if job is not None else ""
-    curve = sparkline([value for _, value in job.curve.points], _CURVE) if job is not None else ""
-    numbers = (loss(job.curve.last), steps(job), speed(job)) if job is not None else ("", "", "")
-    names = [Text(text, no_wrap=True, overflow="ellipsis") for text in (row.node or "(nobody)", what)]
-    state = Text(row.state, style=COLOURS.get(row.state, ""))
-    seen = Text(ago(max(0.0, now - row.seen)) if row.seen else "")
-    return [names[0], state, names[1], Text(curve, style="cyan"), *map(Text, numbers), seen]
+    table = people(found[:lines], now, curve=_CURVE)
+    return Group(table, Text(f"and {len(found) - lines} more", style="dim")) if len(found) > lines else table
 
 
 def _arrivals(status: Status, now: float) -> RenderableType:
     table = Table.grid(padding=(0, 2, 0, 0))
     for arrival in status.arrivals[:-4:-1]:
-        table.add_row(*(Text(text, style="dim", no_wrap=True, overflow="ellipsis") for text in _arrival(arrival, now)))
+        table.add_row(*(cut(text, "dim") for text in _arrival(arrival, now)))
     return table
 
 

@@ -41,7 +41,7 @@ def exposition(status: Status, now: float | None = None) -> str:
         ),
         (
             *("seedbed_jobs", "gauge", "Training jobs by state."),
-            [({"state": s}, status.count(s) + status.dropped * (s == "done")) for s in get_args(JobState)],
+            [({"state": state}, status.count(state)) for state in get_args(JobState)],
         ),
         ("seedbed_job_step", "gauge", "Step of a running job.", [(labels[j.name], j.step) for j in running]),
         ("seedbed_job_steps", "gauge", "Steps that it has.", [(labels[j.name], j.steps) for j in running if j.steps]),
@@ -58,7 +58,7 @@ def exposition(status: Status, now: float | None = None) -> str:
         ("seedbed_arrivals_total", "counter", "Adapters that were accepted.", [({}, status.arrived)]),
         (
             *("seedbed_contributions", "gauge", "Contributed experts that are not withdrawn."),
-            [({}, sum(not one.withdrawn for one in status.contributions.values()))],
+            [({}, status.contributed)],
         ),
         (
             *("seedbed_stage_remaining_seconds", "gauge", "Estimate until the open stage is done."),

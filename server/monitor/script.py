@@ -123,7 +123,7 @@ const show = status => {
   const here = status.nodes.filter(node => node.state === 'here').length;
   const handed = status.contributions.filter(one => !one.withdrawn).length;
   Object.entries({participants: here + ' of ' + status.nodes.length, training: counts.running, waiting: counts.open,
-    done: counts.done + status.dropped, unused: counts.quarantined, received: size(status.received), sent: size(status.sent),
+    done: counts.done, unused: counts.quarantined, received: size(status.received), sent: size(status.sent),
     arrived: status.arrived, contributed: handed,
     running: status.began ? duration((over ? status.time : status.now) - status.began) : ''
   }).forEach(([id, value]) => say(byId(id), String(value)));

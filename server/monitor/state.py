@@ -185,5 +185,10 @@ class Status:
         return self.state in ("finished", "failed")
 
     def count(self, state: JobState) -> int:
-        """Number of jobs in a state, without those that were left out."""
-        return sum(job.state == state for job in self.jobs.values())
+        """Number of jobs in a state, with those that were left out, which were finished."""
+        return sum(job.state == state for job in self.jobs.values()) + self.dropped * (state == "done")
+
+    @property
+    def contributed(self) -> int:
+        """Number of contributions that are not withdrawn."""
+        return sum(not one.withdrawn for one in self.contributions.values())

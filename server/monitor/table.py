@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -14,8 +14,8 @@ from rich.text import Text
 
 from seedbed.server.monitor.document import to_json
 from seedbed.server.monitor.estimate import remaining_seconds
-from seedbed.server.monitor.state import JobView, NodeView, Status
-from seedbed.server.monitor.words import ago, duration, loss, progress, speed, steps, transferred
+from seedbed.server.monitor.state import JobState, JobView, NodeView, Status
+from seedbed.server.monitor.words import ago, duration, loss, progress, sparkline, speed, steps, transferred
 
 TROUBLES = 5
 """Reasons of failures that are shown; the JSON holds all."""
@@ -70,23 +70,25 @@ def status_table(status: Status, now: float | None = None) -> Table:
         now: Unix time, the clock's unless given.
     """
     now = time.time() if now is None else now
-    table = Table(
-        title=_title(status, now),
-        caption=_caption(status),
-        title_justify="left",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    # What a column must not lose is no_wrap; names are cut instead (see `_cut`).
+    table = people(rows(status), now)
+    table.title, table.caption = _title(status, now), _caption(status)
+    table.title_justify = table.caption_justify = "left"
+    return table
+
+
+def people(found: Iterable[Row], now: float, *, curve: int = 0) -> Table:
+    """A table of `rows`, with loss curves of so many characters."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    # What a column must not lose is no_wrap; names are cut instead (see `cut`).
     table.add_column("Participant", max_width=26)
     table.add_column("State", no_wrap=True)
     table.add_column("Job")
+    if curve:
+        table.add_column("Loss curve", style="cyan", no_wrap=True, width=curve)
     for name in ("Steps", "Loss", "Tok/s", "Seen"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in rows(status):
-        table.add_row(*_cells(row, now))
+    for row in found:
+        table.add_row(*_cells(row, now, curve))
     return table
 
 
@@ -113,19 +115,21 @@ def _row(status: Status, node: NodeView) -> Row:
     return Row(node.name, state, job, node.seen, node.done, reason)
 
 
-def _cells(row: Row, now: float) -> list[Text]:
+def _cells(row: Row, now: float, curve: int) -> list[Text]:
     job = row.job
     what = job.name if job is not None else row.reason
     if row.done and row.state == "idle":
         what = f"{row.done} done"
-    seen = ago(max(0.0, now - row.seen)) if row.seen else ""
+    drawn = [sparkline([value for _, value in job.curve.points], curve) if job is not None else ""] if curve else []
     numbers = (steps(job), loss(job.curve.last), speed(job)) if job is not None else ("", "", "")
+    seen = ago(max(0.0, now - row.seen)) if row.seen else ""
     state = Text(row.state, style=COLOURS.get(row.state, ""))
-    return [_cut(row.node or "(nobody)"), state, _cut(what), *map(Text, numbers), Text(seen)]
+    return [cut(row.node or "(nobody)"), state, cut(what), *map(Text, (*drawn, *numbers, seen))]
 
 
-def _cut(text: str) -> Text:
-    return Text(text, no_wrap=True, overflow="ellipsis")
+def cut(text: str, style: str = "") -> Text:
+    """A text that ends in dots where there is no room for all of it."""
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
 def _title(status: Status, now: float) -> Text:
@@ -138,13 +142,11 @@ def _title(status: Status, now: float) -> Text:
 
 
 def _caption(status: Status) -> Text:
-    counts = [
-        f"{count} {state}" for state in ("running", "open", "done", "quarantined") if (count := _count(status, state))
-    ]
+    states: tuple[JobState, ...] = ("running", "open", "done", "quarantined")
+    counts = [f"{count} {state}" for state in states if (count := status.count(state))]
     parts = [f"jobs: {', '.join(counts) or 'none yet'}", f"adapters: {transferred(status)}"]
-    handed = sum(not one.withdrawn for one in status.contributions.values())
-    if handed:
-        parts.append(f"{handed} contributed")
+    if status.contributed:
+        parts.append(f"{status.contributed} contributed")
     caption = Text("; ".join(parts), style="not italic dim")
     for line in troubles(status)[:TROUBLES]:
         caption.append(f"\n{line}", style="not dim red")
@@ -157,8 +159,3 @@ def troubles(status: Status) -> list[str]:
     told = [f"{job.name} of {job.node or 'nobody'}: {job.reason}" for job in jobs]
     refused = [f"{node.name} was refused: {node.reason}" for node in status.nodes.values() if node.state == "refused"]
     return [status.reason] * bool(status.reason) + refused[::-1] + told
-
-
-def _count(status: Status, state: str) -> int:
-    more = status.dropped if state == "done" else 0
-    return sum(job.state == state for job in status.jobs.values()) + more

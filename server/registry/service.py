@@ -28,8 +28,8 @@ from seedbed.server.registry.uploads import Announced, Uploads
 
 PAGE = 200
 """Manifests in one answer at most."""
-REPORTED: frozenset[EventKind] = frozenset({"step", "note", "job", "node", "transfer"})
-"""Kinds of events that participants tell; what the federation decided only it may tell."""
+REPORTED: frozenset[EventKind] = frozenset({"step", "note", "job", "node"})
+"""Kinds of events that participants tell; what the federation decided or measured only it may tell."""
 REPORT_LIMIT = 8192
 """Bytes of one reported event."""
 _RATE, _BURST = 20.0, 100.0

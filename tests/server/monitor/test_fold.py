@@ -131,9 +131,9 @@ def test_a_node_that_is_gone_comes_back_with_its_next_step() -> None:
 def test_contributions_are_withdrawn_and_bytes_are_added_up() -> None:
     events = [
         event("contributed", 1, "eve", "her sums", digest="cd", task="sums"),
-        event("transfer", 2, "eve", bytes=1000, direction="in"),
-        event("transfer", 3, "eve", bytes=10, direction="out"),
-        event("transfer", 4, "eve", bytes=5, direction="out"),
+        event("transfer", 2, "eve", "submitted", bytes=1000),
+        event("transfer", 3, "eve", "fetched", bytes=10),
+        event("transfer", 4, "eve", "fetched", bytes=5),
         event("withdrawn", 5, "eve", digest="cd"),
     ]
     status = fold_all(Status(), events)
@@ -231,6 +231,7 @@ def test_what_is_too_much_is_left_out_and_counted() -> None:
         status = fold(status, event("accepted", number, f"node-{number}", f"job-{number}", digest=str(number)))
         status = fold(status, event("note", number, text=str(number)))
     assert (len(status.jobs), status.dropped, status.arrived) == (JOBS, 10, JOBS + 10)
+    assert (status.count("done"), status.count("running")) == (JOBS + 10, 0)
     assert len(status.arrivals) == ARRIVALS
     assert status.arrivals[-1].digest == str(JOBS + 9)
     assert len(status.nodes) == NODES

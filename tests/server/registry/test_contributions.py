@@ -316,7 +316,7 @@ def test_a_kind_of_event_that_is_not_known_here_is_passed_over(anna: RegistryCli
     assert registry_messages.event(pb.Event(kind="from the future")) is None
 
 
-@pytest.mark.parametrize("kind", ["accepted", "finished", "contributed", "stage"])
+@pytest.mark.parametrize("kind", ["accepted", "finished", "contributed", "stage", "transfer"])
 def test_a_participant_cannot_speak_for_the_federation(anna: RegistryClient, kind: str) -> None:
     with pytest.raises(EnvironmentFailure, match="a participant tells of"):
         anna.report(Event(kind=kind))  # type: ignore[arg-type]
