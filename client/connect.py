@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,6 @@ def _get(client: httpx.Client, base: str, path: str) -> Any:
     if answer.status_code != 200:
         raise EnvironmentFailure(f"{base}{path} answers {answer.status_code}", hint)
     try:
-        return httpx.Response(200, content=data).json()
+        return json.loads(data)
     except (ValueError, RecursionError):
         raise EnvironmentFailure(f"{base}{path} is not JSON", "Is it the gateway of `seedbed coordinator`?") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from seedbed.client.connect import connect
-from seedbed.client.handin import prepare, require_shapes
+from seedbed.client.handin import prepare
 from seedbed.client.registry import RegistryClient
 from seedbed.client.registry_store import RegistryStore
 from seedbed.common.adapter_file import AdapterFile
@@ -26,6 +27,7 @@ from seedbed.common.peft_format import expand_adapter
 from seedbed.common.registry import Contribution, FederationInfo
 from seedbed.common.routing.mixture_file import expert_places
 from seedbed.common.routing.router_file import read_router
+from seedbed.common.shapes import require_shapes
 from seedbed.common.storage import DirectoryStore, read_manifest
 
 _SHORT = 12
@@ -201,7 +203,8 @@ def _tell_contributed(
 
 
 def _options(host: str, keys: Path | None, *, insecure: bool) -> str:
-    return " ".join(["--host", host, *(["--keys", str(keys)] if keys else []), *(["--insecure"] if insecure else [])])
+    words = ["--host", host, *(["--keys", str(keys)] if keys else []), *(["--insecure"] if insecure else [])]
+    return shlex.join(words)
 
 
 def _say(console: Console, text: str) -> None:

@@ -8,7 +8,6 @@ directory still holds the `seedbed.json` of the adapter that was fetched into it
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +18,7 @@ from seedbed.common.errors import AdapterError, AdapterMismatchError, ModelError
 from seedbed.common.files import storing, write_file
 from seedbed.common.manifest import BaseIdentity, Manifest
 from seedbed.common.registry import FederationInfo
-
-Shapes = Mapping[str, tuple[int, int]]
-_FROM_SEED = "Train it from the federation's seed (`seedbed fetch seed`), or with the same target modules."
+from seedbed.common.shapes import Shapes
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,25 +73,6 @@ def _prepared(target: Path, own: _Own | None, info: FederationInfo, task: str, *
     manifest = file.manifest.model_copy(update=facts)
     write_file(target / MANIFEST, manifest.canonical())
     return Prepared(target, manifest, shapes)
-
-
-def require_shapes(got: Shapes, seed: Shapes) -> None:
-    """Refuse an adapter that does not adapt the seed's modules.
-
-    Raises:
-        AdapterMismatchError: naming the first module that differs, what was expected, and what was got.
-    """
-    missing, surplus = sorted(set(seed) - set(got)), sorted(set(got) - set(seed))
-    if missing or surplus:
-        what = f"misses module {missing[0]}" if missing else f"has the unexpected module {surplus[0]}"
-        raise AdapterMismatchError(
-            f"the adapter {what}: expected the {len(seed)} modules of the seed, got {len(got)}", _FROM_SEED
-        )
-    for name, shape in got.items():
-        if shape != seed[name]:
-            raise AdapterMismatchError(
-                f"module {name}: expected shape {list(seed[name])} as in the seed, got {list(shape)}", _FROM_SEED
-            )
 
 
 @dataclass(frozen=True, slots=True)

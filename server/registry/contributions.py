@@ -17,8 +17,9 @@ from pydantic import ValidationError
 from seedbed.common.config import FederationConfig
 from seedbed.common.errors import ConfigError, StorageError
 from seedbed.common.registry import Contribution, FederationInfo
+from seedbed.common.shapes import Shapes
 from seedbed.common.storage import require_digest
-from seedbed.server.registry.examination import Shapes, examine, shapes_of
+from seedbed.server.registry.examination import examine, shapes_of
 from seedbed.server.registry.information import Information
 from seedbed.server.registry.journal import Journal
 from seedbed.server.registry.refusals import Busy, Refusal

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -16,11 +15,11 @@ from seedbed.common.config import FederationConfig
 from seedbed.common.errors import AdapterMismatchError
 from seedbed.common.manifest import Manifest
 from seedbed.common.registry import FederationInfo
+from seedbed.common.shapes import Shapes, require_shapes
 from seedbed.common.storage import read_manifest
 from seedbed.common.targets import target_shapes
 from seedbed.server.registry.store import ServedStore
 
-Shapes = Mapping[str, tuple[int, int]]
 _KINDS = ("expert", "external", "joint", "merge")
 _HINT = "Train it from the federation's seed, or with the same target modules."
 
@@ -50,7 +49,7 @@ def _examine(directory: Path, store: ServedStore, info: FederationInfo, shapes: 
     require_base(manifest, info.identity, "the adapter")
     _require_lineage(manifest, store, info)
     file = AdapterFile(directory, verify_later=True)  # the store has hashed it
-    _require_shapes({name: file.shape(name) for name in file.names}, shapes)
+    require_shapes({name: file.shape(name) for name in file.names}, shapes)
     for name in file.names:
         (size,) = norms(Adapter({name: file.factors(name)})).values()
         if not size <= norm_bound:
@@ -90,16 +89,4 @@ def _require_lineage(manifest: Manifest, store: ServedStore, info: FederationInf
             raise AdapterMismatchError(
                 f"the adapter's parent {parent} is not known to this federation, whose seed is {info.seed or 'not made yet'}",
                 _HINT,
-            )
-
-
-def _require_shapes(got: Shapes, expected: Shapes) -> None:
-    missing, surplus = sorted(set(expected) - set(got)), sorted(set(got) - set(expected))
-    if missing or surplus:
-        what = f"misses module {missing[0]}" if missing else f"has the unexpected module {surplus[0]}"
-        raise AdapterMismatchError(f"the adapter {what}: expected {len(expected)} modules, got {len(got)}", _HINT)
-    for name, shape in got.items():
-        if shape != expected[name]:
-            raise AdapterMismatchError(
-                f"module {name}: expected shape {list(expected[name])}, got {list(shape)}", _HINT
             )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import atheris
@@ -16,7 +15,8 @@ with atheris.instrument_imports(include=["seedbed.common.tensor_file", "seedbed.
     from seedbed.common.errors import SeedbedError
     from seedbed.common.tensor_file import TensorFile
 
-_PLACE = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)) / "x.safetensors"
+_FILE = os.memfd_create("x.safetensors")  # libFuzzer ends the process itself: a file in a directory would stay
+_PLACE = Path(f"/proc/self/fd/{_FILE}")
 
 
 def one_input(data: bytes) -> None:
