@@ -123,7 +123,11 @@ def open_setting(
     base = basemodel.identify(directory, config.base.model)
     run = RunDirectory.open(root, config, found.hashes if found else {}, resume=resume)
     data = run.root / "data"
-    inputs = with_embedded_text(found or write_embedded(config, data, training=training), config, data)
+    try:
+        inputs = with_embedded_text(found or write_embedded(config, data, training=training), config, data)
+    except BaseException:
+        run.close()
+        raise
     return Setting(run, inputs, base, shapes, observe, command)
 
 

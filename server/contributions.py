@@ -7,7 +7,7 @@ One for a further task joins the merges.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,6 +53,7 @@ class Contributions:
         run: its directory.
         admission: the refusals.
         tasks: of the federation, one expert each.
+        shut_out: is told of one that is refused: who handed it in, what it is called, and why.
     """
 
     run: Path
@@ -60,6 +61,7 @@ class Contributions:
     ledger: Ledger
     observe: Observer
     tasks: tuple[str, ...]
+    shut_out: Callable[[str, str, str], None]
     _judged: dict[str, str] = field(default_factory=dict)
     """By digest: why it is refused, empty where it passed."""
 
@@ -89,11 +91,7 @@ class Contributions:
         try:
             metrics = self.admission.admit_contribution(one.digest)
         except SeedbedError as error:
-            self.ledger.quarantine(one.participant, f"contributed:{one.name}", error.message)
-            self.observe.note(f"quarantined {one.participant}, contributed:{one.name}: {error.message}")
-            detail = {"reason": error.message}
-            name = f"contributed:{one.name}"
-            self.observe.tell(Event(kind="quarantined", node=one.participant, name=name, detail=detail))
+            self.shut_out(one.participant, f"contributed:{one.name}", error.message)
             return error.message
         self._record(one, metrics)
         return ""

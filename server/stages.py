@@ -48,7 +48,9 @@ class Stages:
         self.run, self.base, self.admission, self.observe = run, base, admission, observe
         self.tasks = list(run.config.tasks.experts)
         """Expert tasks whose participants are still in."""
-        self.contributions = Contributions(run.root, admission, run.ledger, observe, run.config.tasks.experts)
+        self.contributions = Contributions(
+            run.root, admission, run.ledger, observe, run.config.tasks.experts, self.shut_out
+        )
         self.deployed = not isinstance(workforce, Workforce)
         """Participants are on machines of their own, and may come late, vanish and come back."""
         self._crew: Roster | Gathering
