@@ -7,7 +7,7 @@ whatever the size of the model.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -58,8 +58,6 @@ class Node(Record):
     """How this participant protects its updates; its own choice, told in their manifests. None does not."""
     registry: RegistryAccess | None = None
     """Of the federation; none where the participants share the coordinator's directory, as in a simulation."""
-    gpus: tuple[str, ...] | None = None
-    """Indices or UUIDs of the GPUs that it may use; none is all that it sees."""
 
 
 class Hello(Record):
@@ -144,4 +142,3 @@ class JobResult(Record):
     """The store already held this recipe, nothing was trained."""
     error: str = ""
     hint: str = ""
-    detail: dict[str, Any] = Field(default_factory=dict)

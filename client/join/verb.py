@@ -143,7 +143,6 @@ class Participant:
             work=self._place.work,
             data=self._sources,
             registry=self._contact.registry(info, self._name),
-            gpus=self._gpus,
             checkpoint_seconds=self._request.checkpoint_seconds,
             privacy=self._privacy,
         )

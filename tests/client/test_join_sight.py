@@ -122,7 +122,7 @@ class TestPlace:
     def test_the_node_file_is_the_owners_alone_and_read_back_whole(self, tmp_path: Path) -> None:
         place = Place.of("ada", tmp_path / "ada")
         place.make()
-        node = Node(name="ada", base=BaseModelConfig(), store=tmp_path, work=place.work, gpus=("0", "1"))
+        node = Node(name="ada", base=BaseModelConfig(), store=tmp_path, work=place.work, threads=2)
         place.write_node(node)
         place.write_node(node)
         assert place.node_file.stat().st_mode & 0o777 == 0o600
