@@ -71,18 +71,9 @@ def put_result(output: Path, store: AdapterStore) -> str:
 
 def _write_expert(spec: TrainSpec, index: int, name: str, adapter: Adapter) -> str:
     recipe = recipe_hash({"of": spec.recipe, "expert": index}) if spec.recipe else ""
-    sent, lost = _compressed(spec, adapter)
-    manifest = write_adapter(
-        spec.output / f"expert-{index:03}",
-        sent,
-        kind="expert",
-        task=name,
-        recipe=recipe,
-        metrics=lost,
-        int8=_is_int8(spec),
-        **_common(spec),
+    return _write_adapter(
+        spec, spec.output / f"expert-{index:03}", adapter, {}, kind="expert", task=name, recipe=recipe, **_common(spec)
     )
-    return manifest.digest
 
 
 def _write(
@@ -91,24 +82,22 @@ def _write(
     common = {**_common(spec), "kind": _KINDS[spec.kind], "parents": parents, "recipe": spec.recipe}
     if isinstance(value, Router):
         return write_router(directory, value, names=spec.names, metrics=metrics, **common).digest
-    sent, lost = _compressed(spec, value)
-    return write_adapter(
-        directory, sent, task=spec.task, metrics={**metrics, **lost}, int8=_is_int8(spec), **common
-    ).digest
+    return _write_adapter(spec, directory, value, metrics, task=spec.task, **common)
 
 
-def _is_int8(spec: TrainSpec) -> bool:
-    return transfer_of(spec.kind, spec.training.transfer) == "int8"
-
-
-def _compressed(spec: TrainSpec, adapter: Adapter) -> tuple[Adapter, dict[str, float]]:
-    """The adapter as the job wants it handed in, and what that changed; a router is small and stays as it is."""
+def _write_adapter(
+    spec: TrainSpec, directory: Path, adapter: Adapter, metrics: Mapping[str, float], **facts: Any
+) -> str:
+    """Write an adapter as the job wants it handed in, with what that changed; a router is small and stays as it is."""
     transfer = transfer_of(spec.kind, spec.training.transfer)
     if transfer == "float32":
-        return adapter, {}
-    sent = compress(adapter, transfer)
-    error = transfer_error(adapter, sent)
-    return sent, {"transfer_error": error.total, "transfer_error_worst_module": error.worst}
+        return write_adapter(directory, adapter, metrics=metrics, **facts).digest
+    received = compress(adapter, transfer)
+    error = transfer_error(adapter, received)
+    lost = {"transfer_error": error.total, "transfer_error_worst_module": error.worst}
+    # Integers are made as they are written, of the exact numbers: not of those that were rounded already.
+    given = adapter if transfer == "int8" else received
+    return write_adapter(directory, given, metrics={**metrics, **lost}, int8=transfer == "int8", **facts).digest
 
 
 def _common(spec: TrainSpec) -> dict[str, Any]:

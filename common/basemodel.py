@@ -12,7 +12,7 @@ import importlib.util
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +39,8 @@ def cache_dir() -> Path:
 
 
 def smollm2_directory() -> Path:
-    """Where `fetch_smollm2` puts the model."""
+    """Where `seedbed.common.smollm2.fetch` puts the model."""
     return cache_dir() / "models" / "SmolLM2-135M-Instruct"
-
-
-def fetch_smollm2(progress: Callable[[str], None]) -> Path:
-    """Make the base model `smollm2` available; see `seedbed.common.smollm2.fetch`."""
-    from seedbed.common.smollm2 import fetch
-
-    return fetch(progress)
 
 
 def device() -> torch.device:

