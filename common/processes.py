@@ -66,13 +66,6 @@ class RotatingLog:
             with self.path.open("ab") as file:
                 file.write(line)
 
-    def tail(self, lines: int = 20) -> list[str]:
-        """The last lines of the current file."""
-        try:
-            return self.path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
-        except OSError:
-            return []
-
     def _rotate(self) -> None:
         for number in range(self._keep, 0, -1):
             younger = self.path if number == 1 else self._older(number - 1)

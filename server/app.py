@@ -7,7 +7,6 @@ written to the run's ``events.jsonl``, since nobody sees this process: whoever s
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 from flwr.app import Context
@@ -35,7 +34,6 @@ class Presence(Record):
     pid: int
     submission: int
     """Which submission of the run it works for, as whoever submitted it counts."""
-    time: float
 
 
 @app.main()
@@ -47,7 +45,7 @@ def main(grid: Grid, context: Context) -> None:
         )
     root = Path(directory)
     submission = int(context.run_config.get("seedbed-submission", 0))
-    here = Presence(pid=os.getpid(), submission=submission, time=time.time())
+    here = Presence(pid=os.getpid(), submission=submission)
     atomic_write(root / PRESENCE, here.model_dump_json().encode())
     _serve(root, grid, str(context.run_config.get("seedbed-command", "")))
 

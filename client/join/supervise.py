@@ -33,8 +33,6 @@ class Supervisor:
         log: Path,
         on_line: Callable[[str], None],
     ) -> None:
-        self.starts = 0
-        """How often it has been started."""
         self._command, self._environment, self._on_line = command, dict(environment), on_line
         self._log = RotatingLog(log, max_bytes=_LOG_BYTES, keep=_OLD_LOGS)
         self._child: Child | None = None
@@ -42,11 +40,6 @@ class Supervisor:
         self._port = 0
         self._not_before = 0.0
         self._watch = Watch(self._answers)
-
-    @property
-    def child(self) -> Child | None:
-        """The SuperNode that runs, if one does."""
-        return self._child
 
     @property
     def pause(self) -> float:
@@ -84,7 +77,6 @@ class Supervisor:
             on_line=self._on_line,
             environment=self._environment,
         )
-        self.starts += 1
         self._watch.begin()
 
     def _answers(self) -> bool:

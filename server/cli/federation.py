@@ -77,7 +77,6 @@ def coordinator(
         registry_port=registry_port,
         keys=keys,
         insecure=insecure,
-        quiet=quiet,
         linger=math.inf if linger < 0 else linger,
         command=command_line(),
     )

@@ -26,7 +26,6 @@ class CoordinatorRequest:
         registry_port: of the registry; 0 is a free one.
         keys: directory of `seedbed keys`; with it everything beyond this machine is TLS with certificates on both sides.
         insecure: listen beyond loopback without keys.
-        quiet: print results only.
         linger: seconds to go on serving the registry when the federation has ended; `math.inf` until interrupted.
         command: what the user typed, for the report.
     """
@@ -41,7 +40,6 @@ class CoordinatorRequest:
     registry_port: int = REGISTRY_PORT
     keys: Path | None = None
     insecure: bool = False
-    quiet: bool = False
     linger: float = 0.0
     command: str = ""
     patience: float = 180.0

@@ -70,7 +70,6 @@ class Hit:
     """Says, at the end, why the fault did not happen after all; empty where it did."""
     verdict: str = ""
     said: str = ""
-    seconds: float = 0.0
 
 
 @dataclass

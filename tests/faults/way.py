@@ -28,8 +28,6 @@ class Weather:
     flips: int = 0
     """So many of the chunks that come back from the coordinator get one bit changed."""
     flipped: int = 0
-    passed: int = 0
-    """Bytes, in all."""
 
 
 class Way:
@@ -97,6 +95,5 @@ async def _pass(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, weat
             if back and weather.flips > 0 and len(data) > 40:  # not a mere greeting
                 weather.flips, weather.flipped = weather.flips - 1, weather.flipped + 1
                 data = data[:30] + bytes([data[30] ^ 1]) + data[31:]
-            weather.passed += len(data)
             writer.write(data)
             await writer.drain()
