@@ -7,11 +7,9 @@ line that a dying process tore is passed over.
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
@@ -33,7 +31,6 @@ EventKind = Literal[
     "finished",
     "failed",
 ]
-EVENT_KINDS: tuple[EventKind, ...] = get_args(EventKind)
 _PORTION = 1 << 20
 """Bytes of the file that are looked at in one go."""
 
@@ -116,20 +113,6 @@ class EventLog:
             if (event := _parsed(line)) is not None:
                 found.append((event, offset))
         return found, offset
-
-    def follow(self, offset: int = 0, poll: float = 0.2, stop: threading.Event | None = None) -> Iterator[Event]:
-        """Every event from a byte offset on, and then those that come, without end or until `stop` is set.
-
-        Args:
-            poll: seconds between two looks at the file.
-        """
-        stop = stop or threading.Event()
-        while not stop.is_set():
-            events, following = self.read_some(offset)
-            yield from events
-            if following == offset:
-                stop.wait(poll)
-            offset = following
 
 
 def _torn(handle: int) -> bool:

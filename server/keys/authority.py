@@ -109,23 +109,6 @@ class Authority:
             )
         return cls(directory, Pair(certificate, key))
 
-    def server(self, hosts: Iterable[str] = (), *, days: int = LEAF_DAYS) -> Path:
-        """Sign a new server certificate; the one before stays good until it is rotated or expires.
-
-        Returns:
-            the folder that holds ``server.crt`` and ``server.key``.
-
-        Raises:
-            ConfigError: if a host or the number of days makes no sense.
-        """
-        require_days(days)
-        server = make_server(self._pair, hosts, days)
-        with self._locked():
-            self._record(Issued.of("server", SERVER, server.certificate))
-            with _replaced(self.directory / SERVER) as folder:
-                _write_server(folder, server)
-        return self.directory / SERVER
-
     def participant(self, name: str, *, days: int = LEAF_DAYS) -> Participant:
         """Admit a participant: a client certificate and a node key, in a folder to hand over.
 
@@ -183,16 +166,15 @@ class Authority:
             self._revoke("participant", name)
             return self._require(name)
 
-    def participants(self) -> list[Participant]:
-        """Everybody who was ever admitted, by name."""
-        return participants(self.directory)
-
     def _rotate_server(self, hosts: Iterable[str], days: int) -> Path:
-        old = read_certificate(self.directory / SERVER / "server.crt")
-        folder = self.server([*hosts_of(old), *hosts], days=days)
+        folder = self.directory / SERVER
         with self._locked():
-            newest = Index.read(self.directory).latest("server", SERVER)
-            self._revoke("server", SERVER, but=newest.serial if newest else "")
+            server = make_server(self._pair, [*hosts_of(read_certificate(folder / "server.crt")), *hosts], days)
+            issued = Issued.of("server", SERVER, server.certificate)
+            self._record(issued)
+            with _replaced(folder) as fresh:
+                _write_server(fresh, server)
+            self._revoke("server", SERVER, but=issued.serial)
         return folder
 
     def _hand_out(self, name: str, days: int, node_key: NodeKey) -> Participant:
@@ -216,12 +198,12 @@ class Authority:
         write_revoked(self.directory, revoked_serials(self.directory) | gone)
 
     def _find(self, name: str) -> Participant | None:
-        return next((one for one in self.participants() if one.name == name), None)
+        return next((one for one in participants(self.directory) if one.name == name), None)
 
     def _require(self, name: str) -> Participant:
         found = self._find(name)
         if found is None:
-            known = [one.name for one in self.participants()]
+            known = [one.name for one in participants(self.directory)]
             hint = nearest(name, known) if known else "Nobody has been admitted yet: seedbed keys add DIR NAME."
             raise ConfigError(f"there is no participant '{name}' in {self.directory}", hint)
         return found

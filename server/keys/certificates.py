@@ -127,19 +127,11 @@ def hosts_of(certificate: x509.Certificate) -> tuple[str, ...]:
     return (*dns, *(str(address) for address in names.get_values_for_type(x509.IPAddress)))
 
 
-def serial_text(serial: int) -> str:
-    """A serial number as everything here writes it: lower-case hexadecimal without prefix."""
-    return f"{serial:x}"
-
-
-def expires(certificate: x509.Certificate) -> datetime:
-    return certificate.not_valid_after_utc
-
-
 def _leaf(authority: Pair, name: str, days: int, purpose: x509.ObjectIdentifier, names: list[x509.GeneralName]) -> Pair:
     key = ec.generate_private_key(ec.SECP256R1())
+    signer = authority.certificate
     builder = (
-        _builder(_common_name(name), authority.certificate.subject, key, days, last=expires(authority.certificate))
+        _builder(_common_name(name), signer.subject, key, days, last=signer.not_valid_after_utc)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([purpose]), critical=False)

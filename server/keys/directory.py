@@ -10,7 +10,7 @@ from cryptography import x509
 
 from seedbed.common.errors import ConfigError
 from seedbed.common.files import storing
-from seedbed.server.keys.index import Index, State
+from seedbed.server.keys.index import Index, Issued, State
 from seedbed.server.keys.revocation import revoked_serials
 
 
@@ -32,17 +32,26 @@ def participants(directory: Path, now: datetime | None = None) -> list[Participa
     Raises:
         ConfigError: if `directory` is not a keys directory, or it is damaged.
     """
+    return [
+        Participant(one.name, directory / "participants" / one.name, one.serial, one.expires, state)
+        for one, state in sorted(in_use(directory, now), key=lambda found: found[0].name)
+        if one.kind == "participant"
+    ]
+
+
+def in_use(directory: Path, now: datetime | None = None) -> list[tuple[Issued, State]]:
+    """The newest certificate of everybody and everything, and how it stands.
+
+    Raises:
+        ConfigError: if `directory` is not a keys directory, or it is damaged.
+    """
     require_directory(directory)
     now = now or datetime.now(UTC)
-    index, revoked = Index.read(directory), revoked_serials(directory)
-    found = []
-    for name in sorted(index.names("participant")):
-        issued = index.latest("participant", name)
-        assert issued is not None
-        state: State = "revoked" if int(issued.serial, 16) in revoked else issued.validity(now)
-        folder = directory / "participants" / name
-        found.append(Participant(name, folder, issued.serial, issued.expires, state))
-    return found
+    revoked = revoked_serials(directory)
+    return [
+        (one, "revoked" if int(one.serial, 16) in revoked else one.validity(now))
+        for one in Index.read(directory).newest
+    ]
 
 
 def node_keys(directory: Path) -> dict[str, Path]:
@@ -64,13 +73,9 @@ def expiry_warnings(directory: Path, now: datetime | None = None) -> list[str]:
     Raises:
         ConfigError: if `directory` is not a keys directory, or it is damaged.
     """
-    now = now or datetime.now(UTC)
-    inside = {one.name for one in participants(directory, now) if one.state != "revoked"}
-    newest = {(issued.kind, issued.name): issued for issued in Index.read(directory).certificates}
     sentences = []
-    for issued in newest.values():
-        state = issued.validity(now)
-        if state != "valid" and (issued.kind != "participant" or issued.name in inside):
+    for issued, state in in_use(directory, now):
+        if state in ("expiring", "expired"):
             word = "expired" if state == "expired" else "expires"
             who = f"participant '{issued.name}'" if issued.kind == "participant" else issued.kind
             sentences.append(f"the certificate of the {who} {word} on {issued.expires:%Y-%m-%d}")

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from seedbed.common.errors import ConfigError
 from seedbed.common.files import atomic_write, storing
 from seedbed.common.manifest import Record
-from seedbed.server.keys.certificates import WARN_DAYS, serial_text
+from seedbed.server.keys.certificates import WARN_DAYS
 
 INDEX = "index.json"
 Kind = Literal["authority", "server", "participant"]
@@ -38,7 +38,7 @@ class Issued(Record):
         return cls(
             kind=kind,
             name=name,
-            serial=serial_text(certificate.serial_number),
+            serial=f"{certificate.serial_number:x}",
             issued=datetime.now(UTC).replace(microsecond=0),
             expires=certificate.not_valid_after_utc,
         )
@@ -56,14 +56,10 @@ class Index(Record):
     format: Literal[1] = 1
     certificates: tuple[Issued, ...] = ()
 
-    def latest(self, kind: Kind, name: str) -> Issued | None:
-        """The newest certificate of a name."""
-        found = [issued for issued in self.certificates if (issued.kind, issued.name) == (kind, name)]
-        return found[-1] if found else None
-
-    def names(self, kind: Kind) -> tuple[str, ...]:
-        """Each name once, in the order in which they came."""
-        return tuple(dict.fromkeys(issued.name for issued in self.certificates if issued.kind == kind))
+    @property
+    def newest(self) -> tuple[Issued, ...]:
+        """The last certificate of each name, in the order in which the names came."""
+        return tuple({(issued.kind, issued.name): issued for issued in self.certificates}.values())
 
     def with_one_more(self, issued: Issued) -> Index:
         return self.model_copy(update={"certificates": (*self.certificates, issued)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -11,9 +11,7 @@ from rich.table import Table
 
 from seedbed.server.keys.authority import SERVER, Authority
 from seedbed.server.keys.certificates import LEAF_DAYS, hosts_of
-from seedbed.server.keys.directory import expiry_warnings, participants, read_certificate
-from seedbed.server.keys.index import Index
-from seedbed.server.keys.revocation import revoked_serials
+from seedbed.server.keys.directory import expiry_warnings, in_use, read_certificate
 
 _COLOURS = {"valid": "green", "expiring": "yellow", "expired": "red", "revoked": "red"}
 
@@ -49,14 +47,8 @@ def keys_list(directory: Path, console: Console, now: datetime | None = None) ->
     Raises:
         ConfigError, StorageError: if it is not a keys directory, or damaged.
     """
-    now = now or datetime.now(UTC)
     table = Table("name", "kind", "expires", "serial", "state", title=str(directory))
-    people = {one.name: one for one in participants(directory, now)}
-    index, revoked = Index.read(directory), revoked_serials(directory)
-    newest = {(issued.kind, issued.name): issued for issued in index.certificates}
-    for issued in newest.values():
-        state = people[issued.name].state if issued.kind == "participant" else issued.validity(now)
-        state = "revoked" if int(issued.serial, 16) in revoked else state
+    for issued, state in in_use(directory, now):
         shown = f"[{_COLOURS[state]}]{state}[/]"
         table.add_row(issued.name, issued.kind, f"{issued.expires:%Y-%m-%d}", issued.serial[:12], shown)
     console.print(table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -85,14 +84,3 @@ def test_several_processes_write_at_once_and_no_line_is_lost_or_mixed(log: Event
     found = names(log.read()[0])
     for letter in "abc":
         assert [name for name in found if name[0] == letter] == [f"{letter}{n}" + "x" * 3000 for n in range(200)]
-
-
-def test_a_follower_gets_what_was_there_and_what_comes_until_it_is_stopped(log: EventLog) -> None:
-    stop = threading.Event()
-    log.append(note("before"))
-    stream = log.follow(poll=0.01, stop=stop)
-    assert next(stream).name == "before"
-    log.append(note("after"))
-    assert next(stream).name == "after"
-    stop.set()
-    assert list(stream) == []
