@@ -15,7 +15,7 @@ from torch import Tensor
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.adapter_file import CONFIG, MANIFEST, PREFIX, TENSORS, dtype_name
 from seedbed.common.checks import is_finite, require_finite, require_finite_metrics
-from seedbed.common.compression import Quantized
+from seedbed.common.compression import INT8, Quantized
 from seedbed.common.errors import AdapterFormatError, NonFiniteError
 from seedbed.common.files import new_directory, write_file
 from seedbed.common.manifest import BaseIdentity, Kind, Manifest
@@ -31,7 +31,7 @@ def file_order(dtypes: Mapping[str, torch.dtype]) -> list[str]:
 
 @contextmanager
 def new_adapter(
-    directory: Path, modules: Sequence[str], expected: Mapping[str, LoraFactors] | None = None
+    directory: Path, modules: Sequence[str], expected: Mapping[str, LoraFactors] | None = None, *, int8: bool = False
 ) -> Iterator[AdapterWriter]:
     """A new PEFT directory to fill; it appears when the body ends and vanishes when it fails.
 
@@ -40,6 +40,7 @@ def new_adapter(
         modules: names of all modules, in the order in which they will come (see `file_order`).
         expected: factors of the shapes and dtypes that will probably come (on the meta device, to take no memory): if
             they do, one pass over the file is saved.
+        int8: factors are integers of 8 bits with their scales, all of which come in one `AdapterWriter.add_int8`.
 
     Raises:
         StorageError: if the directory is already there or the file system refuses.
@@ -47,28 +48,12 @@ def new_adapter(
     """
     if not modules:
         raise AdapterFormatError("the adapter has no modules, there is nothing to write")
-    with new_directory(directory) as aside, _tensor_writer(aside / TENSORS, modules, expected) as tensors:
-        yield AdapterWriter(aside, modules, tensors)
-
-
-@contextmanager
-def new_int8(directory: Path, modules: Sequence[str]) -> Iterator[AdapterWriter]:
-    """`new_adapter` for factors in integers of 8 bits, all of which come in one `AdapterWriter.add_int8`: scales first, so
-    that wider numbers stand before narrower ones.
-
-    Raises:
-        StorageError: if the directory is already there or the file system refuses.
-        AdapterFormatError: if there are no modules.
-    """
-    if not modules:
-        raise AdapterFormatError("the adapter has no modules, there is nothing to write")
-    names = {
-        f"{PREFIX}{module}.lora_{factor}.{part}": 2
-        for part in ("scale", "int8")
-        for module in modules
-        for factor in "AB"
-    }
-    with new_directory(directory) as aside, TensorWriter(aside / TENSORS, names) as tensors:
+    with (
+        new_directory(directory) as aside,
+        _int8_writer(aside / TENSORS, modules)
+        if int8
+        else _tensor_writer(aside / TENSORS, modules, expected) as tensors,
+    ):
         yield AdapterWriter(aside, modules, tensors)
 
 
@@ -130,22 +115,20 @@ class AdapterWriter:
         self._shapes[module] = LoraFactors(*empty, scaling)
 
     def add_int8(self, modules: Mapping[str, tuple[Quantized, Quantized, float]]) -> None:
-        """All modules at once, as quantized factors A and B with their scaling, in a file that was begun by `new_int8`.
+        """All modules at once, as quantized factors A and B with their scaling.
 
         Raises:
             NonFiniteError: if a scale is NaN or infinite.
         """
         for module, (A, B, _) in modules.items():
-            for factor, matrix in (("A", A), ("B", B)):
-                for part in _finite(f"{PREFIX}{module}.lora_{factor}", [matrix.scales]):
-                    self._tensors.add(f"{PREFIX}{module}.lora_{factor}.scale", part)
+            for key, matrix in zip(_keys(module, "scale"), (A, B), strict=True):
+                self._tensors.add_parts(key, "F32", matrix.scales.shape, _finite(key, [matrix.scales.contiguous()]))
         for module, (A, B, scaling) in modules.items():
-            for factor, matrix in (("A", A), ("B", B)):
-                values = matrix.values.contiguous()
-                self._tensors.add_parts(f"{PREFIX}{module}.lora_{factor}.int8", "I8", values.shape, [values])
+            for key, matrix in zip(_keys(module, INT8), (A, B), strict=True):
+                self._tensors.add_parts(key, "I8", matrix.values.shape, [matrix.values.contiguous()])
             wide = [matrix.values.to(device="meta", dtype=torch.float32) for matrix in (A, B)]
             self._shapes[module] = LoraFactors(wide[0], wide[1], scaling)
-        self._dtype = "int8"
+        self._dtype = INT8
 
     def finish(
         self,
@@ -211,8 +194,13 @@ def _tensor_writer(path: Path, modules: Sequence[str], expected: Mapping[str, Lo
     return TensorWriter(path, names, layout)
 
 
-def _keys(module: str) -> tuple[str, str]:
-    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+def _int8_writer(path: Path, modules: Sequence[str]) -> TensorWriter:
+    """Scales come first, so that wider numbers stand before narrower ones."""
+    return TensorWriter(path, {key: 2 for part in ("scale", INT8) for module in modules for key in _keys(module, part)})
+
+
+def _keys(module: str, part: str = "weight") -> tuple[str, str]:
+    return f"{PREFIX}{module}.lora_A.{part}", f"{PREFIX}{module}.lora_B.{part}"
 
 
 def _json_bytes(values: Mapping[str, Any]) -> bytes:

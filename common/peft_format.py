@@ -16,7 +16,7 @@ from typing import Any
 
 from seedbed.common.adapter import Adapter
 from seedbed.common.adapter_file import AdapterFile
-from seedbed.common.adapter_writer import file_order, new_adapter, new_int8
+from seedbed.common.adapter_writer import file_order, new_adapter
 from seedbed.common.checks import require_base
 from seedbed.common.compression import quantized
 from seedbed.common.errors import AdapterMismatchError
@@ -102,7 +102,7 @@ def write_adapter(
         "base_model_name_or_path": base_model_name_or_path,
     }
     if int8:
-        with new_int8(directory, sorted(adapter)) as new:
+        with new_adapter(directory, sorted(adapter), int8=True) as new:
             new.add_int8(
                 {
                     name: (quantized(factors.A, "rows"), quantized(factors.B, "columns"), factors.scaling)
