@@ -255,7 +255,7 @@ class RunSettings(Section):
 
     workers: PositiveInt | Literal["auto"] = "auto"
     """Clients that work at the same time in a simulation; `auto` is one for each core, or each GPU."""
-    random_seed: Annotated[int, Field(ge=0)] = 0
+    random_seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0
     norm_bound: Annotated[float, Field(gt=0)] = 1e4
     """Largest Frobenius norm that the update of one module may have."""
 
