@@ -13,15 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from seedbed.common import basemodel
-from seedbed.common.config import BaseModelConfig, LoraSettings
-from seedbed.common.files import atomic_write
+from seedbed.common.config_file import parse_config
 from seedbed.common.flower import flower_environment
 from seedbed.common.processes import Child, RotatingLog, free_port
-from seedbed.common.registry import FederationInfo
+from seedbed.server.coordinator.bundle import write_bundle
 from seedbed.server.coordinator.control import SuperLinkControl
+from seedbed.server.ledger import Entry, Ledger
+from seedbed.server.rundir import RunDirectory
 
-GATEWAY = Path(__file__).with_name("join_gateway.py")
 PATIENCE = 500.0
 SERVER_APP = """
 import json
@@ -38,7 +37,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    settings = json.loads(context.run_config["settings"])
+    settings = json.loads(context.run_config["seedbed-command"])
     workforce = GridWorkforce(grid)
     (node, hello), *_ = workforce.hello(1, 400).items()
     training = TrainingSettings(steps=settings["steps"], batch_size=4, max_tokens=32, log_every=1, engine="torch")
@@ -48,28 +47,6 @@ def main(grid: Grid, context: Context) -> None:
     workforce.perform([(node, job)], 300, lambda _node, _job, answer: answers.append(answer))
     found = {"hello": hello.model_dump(mode="json"), "node": node, "answer": answers[0].model_dump(mode="json")}
     Path(settings["out"]).write_text(json.dumps(found))
-"""
-BUNDLE = """
-[build-system]
-requires = ["hatchling"]
-build-backend = "hatchling.build"
-
-[project]
-name = "join-test"
-version = "1.0.0"
-description = "asks one participant for one expert"
-license = "Apache-2.0"
-dependencies = ["flwr"]
-
-[tool.flwr.app]
-publisher = "seedbed"
-
-[tool.flwr.app.components]
-serverapp = "asking:app"
-clientapp = "seedbed.client.app:app"
-
-[tool.flwr.app.config]
-settings = ""
 """
 JOIN = """
 import sys
@@ -94,12 +71,12 @@ class World:
     """A SuperLink, a registry and a gateway of one federation, and those who join it."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root, self.run = root, root / "run"
         self.superlink_port, self.port, self.registry_port = free_port(), free_port(), free_port()
-        self.info_file = root / "seedbed.json"
         self.children: dict[str, Child] = {}
         self.joined: list[subprocess.Popen[bytes]] = []
-        self.say("running")
+        config = parse_config({"tasks": {"experts": ["sums"], "held_out": []}, "lora": {"rank": 2}})
+        RunDirectory.open(self.run, config, {}, resume=False).close()
         task = [json.dumps({"prompt": f"{n} + 1", "completion": str(n + 1)}) for n in range(24)]
         (root / "sums.train.jsonl").write_text("\n".join(task) + "\n")
         for service in ("superlink", "registry", "gateway"):
@@ -107,36 +84,24 @@ class World:
         self.control = SuperLinkControl(f"127.0.0.1:{self.superlink_port}")
         until(self.control.ready, "the SuperLink")
 
-    def say(self, state: str) -> None:
-        """What the gateway says of the federation."""
-        identity = basemodel.identify(basemodel.resolve(BaseModelConfig()), "embedded")
-        info = FederationInfo(
-            name="sums",
-            version="0.1.0",
-            state=state,  # type: ignore[arg-type]
-            base=BaseModelConfig(),
-            identity=identity,
-            lora=LoraSettings(rank=2),
-            tasks=("sums",),
-            registry_port=self.registry_port,
-        )
-        atomic_write(self.info_file, info.model_dump_json().encode())
+    def finish(self) -> None:
+        """Have the federation finished, by what its run directory says."""
+        Ledger(self.run / "ledger.jsonl").append(Entry(event="finished"))
 
     def start(self, service: str) -> None:
-        run = self.root / "run"
-        run.mkdir(exist_ok=True)
         command = {
             "superlink": [
                 *("flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(self.superlink_port)),
                 *("--database", str(self.root / "state.db"), "--disable-runtime-dependency-installation"),
             ],
             "registry": [
-                *(sys.executable, "-m", "seedbed.server.registry", "--run", str(run)),
+                *(sys.executable, "-m", "seedbed.server.registry", "--run", str(self.run)),
                 *("--listen", f"127.0.0.1:{self.registry_port}"),
             ],
             "gateway": [
-                *(sys.executable, str(GATEWAY), str(self.port)),
-                *(f"http://127.0.0.1:{self.superlink_port}", str(self.info_file)),
+                *(sys.executable, "-m", "seedbed.server.gateway", "--run", str(self.run)),
+                *("--listen", f"127.0.0.1:{self.port}", "--registry-port", str(self.registry_port)),
+                *("--upstream", f"http://127.0.0.1:{self.superlink_port}"),
             ],
         }[service]
         log = RotatingLog(self.root / f"{service}.log")
@@ -167,11 +132,11 @@ class World:
 
     def ask(self, steps: int) -> Path:
         """Submit a run that wants one expert; where its answer will be."""
-        app, out = self.root / "bundle", self.root / f"answer-{steps}.json"
-        app.mkdir(exist_ok=True)
+        app, out = write_bundle(self.root), self.root / f"answer-{steps}.json"
+        project = app / "pyproject.toml"
+        project.write_text(project.read_text().replace("seedbed.server.app:app", "asking:app"))
         (app / "asking.py").write_text(SERVER_APP)
-        (app / "pyproject.toml").write_text(BUNDLE)
-        self.control.start(app, {"settings": json.dumps({"steps": steps, "out": str(out)})})
+        self.control.start(app, {"seedbed-command": json.dumps({"steps": steps, "out": str(out)})})
         return out
 
     def close(self) -> None:
@@ -218,11 +183,11 @@ def test_a_participant_trains_what_it_is_asked_and_leaves_when_the_federation_ha
     assert found["hello"]["node"] == "ada"
     assert found["hello"]["tasks"] == ["sums"]
     assert found["answer"]["error"] == ""
-    assert (world.root / "run/store/adapters" / found["answer"]["digest"] / "seedbed.json").is_file()
+    assert (world.run / "store/adapters" / found["answer"]["digest"] / "seedbed.json").is_file()
     until(lambda: world.said("expert:sums: done"), "the end of the job")
     assert process.poll() is None
     started = below(process)
-    world.say("finished")
+    world.finish()
     assert process.wait(PATIENCE) == 0
     gone(started)
 
