@@ -174,7 +174,9 @@ def test_a_client_that_is_killed_is_asked_again_and_the_store_has_the_same_diges
     (resumed,) = [line["step"] for line in lines if line["event"] == "resumed"]
     assert resumed >= done
     assert lines[0]["event"] == "start"
-    assert set(range(1, 61)) <= {line["step"] for line in lines if line["event"] == "step"}
+    seen = {line["step"] for line in lines if line["event"] == "step"}
+    # What the worker said just before the kill may have been on its way to the client that was killed.
+    assert {1, *range(resumed + 1, 61)} <= seen
 
 
 # --- in one process ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import cloudpickle
@@ -90,11 +90,21 @@ def federate(tmp_path: Path, behaviour: Mapping[str, str], quorum: float) -> tup
     return run, found
 
 
-def rays_processes() -> list[psutil.Process]:
-    return [child for child in psutil.Process().children(recursive=True) if child.status() != "zombie"]
+@pytest.fixture
+def left_running() -> Callable[[], list[psutil.Process]]:
+    """Tells which processes a test has started and not ended; what other tests share with each other is not meant."""
+    before = set(psutil.Process().children(recursive=True))
+
+    def left() -> list[psutil.Process]:
+        now = psutil.Process().children(recursive=True)
+        return [process for process in now if process not in before and process.status() != psutil.STATUS_ZOMBIE]
+
+    return left
 
 
-def test_one_raises_one_hangs_one_lies_and_the_others_are_averaged(tmp_path: Path) -> None:
+def test_one_raises_one_hangs_one_lies_and_the_others_are_averaged(
+    tmp_path: Path, left_running: Callable[[], list[psutil.Process]]
+) -> None:
     behaviour = {"a": "work", "b": "raise", "c": "hang", "d": "lie", "e": "work"}
     run, found = federate(tmp_path, behaviour, quorum=0.4)
     reasons = {entry.node: entry.reason for entry in run.ledger.of("quarantined")}
@@ -107,11 +117,13 @@ def test_one_raises_one_hangs_one_lies_and_the_others_are_averaged(tmp_path: Pat
     value, manifest = read_adapter(run.store.open(average.digest))
     assert len(manifest.parents) == 2
     assert torch.allclose(value["layer"].delta(), torch.ones(3, 2))
-    assert not rays_processes(), "the engine and the participant that hangs have ended"
+    assert not left_running(), "the engine and the participant that hangs have ended"
 
 
-def test_when_every_client_raises_the_run_fails_with_their_reasons(tmp_path: Path) -> None:
+def test_when_every_client_raises_the_run_fails_with_their_reasons(
+    tmp_path: Path, left_running: Callable[[], list[psutil.Process]]
+) -> None:
     """Flower itself calls such a run completed."""
     with pytest.raises(QuorumError, match=r"0 of 2 results and needs 2.*out of coffee"):
         federate(tmp_path, {"a": "raise", "b": "raise"}, quorum=1.0)
-    assert not rays_processes()
+    assert not left_running()
