@@ -1,5 +1,6 @@
 # `make demo` runs the embedded federation, `make test` passes the tests; both set up what they need in .venv.
 PYTHON ?= python3
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := common server client tests
@@ -10,8 +11,9 @@ SOURCES := common server client tests
 demo: $(VENV)/.run
 	$(BIN)/seedbed simulate embedded --out runs/demo --resume
 
+# Two files of tests at a time with a thread each: most of a federation is waiting. WORKERS=0 runs them in one process.
 test: check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check $(SOURCES)
