@@ -52,8 +52,8 @@ class TensorWriter:
         self._position = 0
         self._guess = _header(expected, self._space) if expected is not None and list(expected) == list(names) else None
         self._hash = hashlib.sha256(self._guess or b"")
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="sha256")
-        self._hashing: Future[None] | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._writing: Future[None] | None = None
         with storing("write", path):
             self._file = path.open("xb", buffering=0)
             self._file.write(self._guess or bytes(8 + self._space))
@@ -93,7 +93,7 @@ class TensorWriter:
         if self._awaited:
             raise ValueError(f"tensor {self._awaited[0]} is missing")
         header = _header(self._entries, self._space)
-        self._hashed()
+        self._written()
         with storing("write", self.path):
             if header != self._guess:
                 self._file.seek(0)
@@ -107,19 +107,22 @@ class TensorWriter:
 
     def _write(self, part: Tensor) -> None:
         data = part.reshape(-1).view(torch.uint8).numpy().data
+        self._position += len(data)
+        # One part is written and hashed while the next is made, and no more wait in memory.
+        self._written()
+        self._writing = self._pool.submit(self._write_and_hash, data)
+
+    def _write_and_hash(self, data: memoryview) -> None:
         done = 0
         with storing("write", self.path):
             while done < len(data):
                 done += self._file.write(data[done:]) or 0
-        self._position += len(data)
         if self._guess is not None:
-            # One part is hashed while the next is made and written, and no more wait in memory.
-            self._hashed()
-            self._hashing = self._pool.submit(self._hash.update, data)
+            self._hash.update(data)
 
-    def _hashed(self) -> None:
-        if self._hashing is not None:
-            self._hashing.result()
+    def _written(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
 
 
 def _space(names: Mapping[str, int]) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -42,7 +43,7 @@ def write_average(
         NonFiniteError: if an input holds NaN or infinity.
         AdapterFormatError: if a file becomes shorter while it is read.
     """
-    with ThreadPoolExecutor(1, "sha256") as hasher:
+    with _one_thread(), ThreadPoolExecutor(1, "sha256") as hasher:
         hashing: Future[None] | None = None
         names = plan.names
         for index, name in enumerate(names):
@@ -60,6 +61,17 @@ def write_average(
                 progress(name, len(names))
         if hashing is not None:
             hashing.result()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch with one thread: what is copied here is short, and threads that wait for more of it keep the hashes from a core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _write_module(new: AdapterWriter, plan: MergePlan, name: str, ranks: Sequence[int]) -> None:
