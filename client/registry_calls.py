@@ -14,7 +14,7 @@ import grpc
 
 from seedbed.common.errors import EnvironmentFailure, SeedbedError
 from seedbed.common.files import storing
-from seedbed.common.registry import ERROR_KEY, HINT_KEY, MESSAGE_LIMIT, RegistryAccess
+from seedbed.common.registry import CHUNK, ERROR_KEY, HINT_KEY, MESSAGE_LIMIT, RegistryAccess
 
 _FIRST, _LONGEST = 0.1, 10.0
 """Seconds of back-off before the second try, and at most."""
@@ -40,6 +40,7 @@ def open_channel(access: RegistryAccess) -> grpc.Channel:
     options = (
         ("grpc.max_receive_message_length", MESSAGE_LIMIT),
         ("grpc.max_send_message_length", MESSAGE_LIMIT),
+        ("grpc.http2.max_frame_size", CHUNK),
         # A registry that hangs, or a line that was cut, is noticed within half a minute.
         ("grpc.keepalive_time_ms", 15_000),
         ("grpc.keepalive_timeout_ms", 15_000),

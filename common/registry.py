@@ -16,8 +16,8 @@ ERROR_KEY, HINT_KEY = "seedbed-error-bin", "seedbed-hint-bin"
 """Trailing metadata of a refusal: its class in `errors`, and the next step."""
 MESSAGE_LIMIT = 10_000_000
 """Bytes of one message: a header with its two documents is the largest."""
-CHUNK = 1 << 20
-"""Bytes of tensors in one message."""
+CHUNK = 1 << 18
+"""Bytes of tensors in one message: with larger ones many transfers at once take more memory and are no faster."""
 
 State = Literal["waiting", "running", "finished", "failed"]
 

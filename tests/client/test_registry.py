@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from registry.made import MEGABYTE, large, written
+from registry.made import large, written
 from registry.process import Local
 
 from seedbed.client.registry import RegistryClient
 from seedbed.client.registry_calls import Patience
 from seedbed.client.registry_store import RegistryStore
 from seedbed.common.errors import EnvironmentFailure, StorageError
-from seedbed.common.registry import RegistryAccess
+from seedbed.common.registry import CHUNK, RegistryAccess
 from seedbed.common.storage import AdapterStore, DirectoryStore, read_adapter
 from seedbed.server.registry.server import RegistryServer, Settings
 
@@ -155,7 +155,7 @@ def test_what_a_transfer_is_told_rises_to_the_whole(client: RegistryClient, tmp_
     told: list[tuple[int, int]] = []
     client.submit(large(tmp_path / "a", 3), lambda done, size: told.append((done, size)))
     size = told[-1][1]
-    assert [done for done, _ in told][:3] == [MEGABYTE, 2 * MEGABYTE, 3 * MEGABYTE]
+    assert [done for done, _ in told][:3] == [CHUNK, 2 * CHUNK, 3 * CHUNK]
     assert told[-1] == (size, size)
 
 

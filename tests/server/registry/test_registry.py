@@ -28,6 +28,7 @@ from seedbed.common.errors import (
     StorageError,
 )
 from seedbed.common.events import Event, EventLog
+from seedbed.common.registry import CHUNK
 from seedbed.common.routing import Router
 from seedbed.common.routing.router_file import read_router, write_router
 from seedbed.common.routing.settings import RouterSettings
@@ -63,7 +64,7 @@ def half_submit(registry: Local | Process, source: Path, megabytes: int, name: s
     with grpc.insecure_channel(f"127.0.0.1:{registry.port}") as channel:
         metadata = (("seedbed-participant-bin", name.encode()),)
         answer = registry_pb2_grpc.RegistryStub(channel).Submit(
-            (next(requests) for _ in range(megabytes + 1)), metadata=metadata
+            (next(requests) for _ in range(megabytes * MEGABYTE // CHUNK + 1)), metadata=metadata
         )
     assert answer.holding.received == megabytes * MEGABYTE
     assert not answer.holding.complete
@@ -116,7 +117,7 @@ def test_an_upload_that_broke_off_is_continued_from_its_offset(registry: Local, 
     sent: list[int] = []
     with registry.client() as client:
         client.submit(source, lambda done, size: sent.append(done))
-    assert sent[0] == 4 * MEGABYTE
+    assert sent[0] == 3 * MEGABYTE + CHUNK
 
 
 def test_an_upload_is_continued_after_the_registry_was_killed(serve: Callable[..., Process], tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_an_upload_is_continued_after_the_registry_was_killed(serve: Callable[..
     sent: list[int] = []
     with registry.client() as client:
         digest = client.submit(source, lambda done, size: sent.append(done))
-        assert sent[0] == 4 * MEGABYTE
+        assert sent[0] == 3 * MEGABYTE + CHUNK
         assert read_adapter(client.fetch(digest, tmp_path / "b") and tmp_path / "b")[1].digest == digest
 
 
@@ -176,7 +177,7 @@ def test_a_fetch_that_broke_off_is_continued_by_another_process(registry: Local,
             client.fetch(digest, tmp_path / "b", break_off(3 * MEGABYTE))
         assert not (tmp_path / "b").exists()
         client.fetch(digest, tmp_path / "b", lambda done, size: seen.append(done))
-    assert seen[0] == 4 * MEGABYTE
+    assert seen[0] == 3 * MEGABYTE + CHUNK
     assert read_adapter(tmp_path / "b")[1].digest == digest
 
 
