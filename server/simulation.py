@@ -9,17 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-import psutil
 import yaml
 from flwr.app import Context
 from flwr.clientapp import ClientApp
@@ -29,12 +26,11 @@ from seedbed.common.config import FederationConfig
 from seedbed.common.errors import EnvironmentFailure
 from seedbed.common.jobs import GENERAL, NODES_VARIABLE, DataSource, Node
 from seedbed.common.storage import atomic_write
+from seedbed.server.engine import Engine
 from seedbed.server.inputs import Inputs
 from seedbed.server.messenger import GridWorkforce
 from seedbed.server.rundir import RunDirectory
 from seedbed.server.workforce import Workforce
-
-_STRAGGLER_SECONDS = 10.0
 
 
 def write_nodes(run: RunDirectory, inputs: Inputs, *, pooled: bool, general: bool, threads: int) -> int:
@@ -110,22 +106,23 @@ def simulate(
         SeedbedError: whatever `work` raises.
     """
     cancelled = threading.Event()
-    engine = _EngineProcesses()
     raised: list[BaseException] = []
     server_app = ServerApp()
 
-    @server_app.main()
-    def main(grid: Grid, context: Context) -> None:
-        try:
-            work(GridWorkforce(grid, cancelled))
-        except BaseException as error:  # brought to the caller as it is: Flower would only log it
-            raised.append(error)
-        engine.end_stragglers()
-
     os.environ[NODES_VARIABLE] = str(run.root / "nodes")
-    with _quiet_dependencies(), _temporary_ray_directory() as ray_directory, _hard_interrupt():
+    with _quiet_dependencies(), contextlib.closing(Engine(workers, gpus := _gpus())) as engine, _hard_interrupt(engine):
+
+        @server_app.main()
+        def main(grid: Grid, context: Context) -> None:
+            try:
+                work(GridWorkforce(grid, cancelled))
+            except BaseException as error:  # brought to the caller as it is: Flower would only log it
+                raised.append(error)
+            engine.end_stragglers()
+
+        backend = _backend(engine.start(), gpus / workers)
         try:
-            _flower(server_app, client_app, nodes, _backend(workers, ray_directory))
+            _flower(server_app, client_app, nodes, backend)
         except Exception as error:
             cancelled.set()
             if not raised:
@@ -134,10 +131,14 @@ def simulate(
                     f"the simulation engine failed: {type(cause).__name__}: {_first_line(cause)}",
                     "See whether Ray can start on this machine (memory, ports, /tmp), then continue with --resume.",
                 ) from error
-        finally:
-            engine.wait()
     if raised:
         raise raised[0]
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _flower(server_app: ServerApp, client_app: ClientApp, nodes: int, backend: dict[str, Any]) -> None:
@@ -146,53 +147,12 @@ def _flower(server_app: ServerApp, client_app: ClientApp, nodes: int, backend: d
     run_simulation(server_app, client_app, nodes, backend_config=backend)
 
 
-def _backend(workers: int, ray_directory: str) -> dict[str, Any]:
-    import torch
-
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+def _backend(address: str, gpus: float) -> dict[str, Any]:
+    """Flower's settings of an engine that runs already, with a core and `gpus` for each participant at work."""
     return {
-        "init_args": {
-            "num_cpus": workers,
-            "num_gpus": gpus,
-            "include_dashboard": False,
-            "log_to_driver": False,
-            "logging_level": logging.ERROR,
-            "object_store_memory": 100_000_000,  # adapters travel through files: Ray only carries small messages
-            "_temp_dir": ray_directory,
-        },
-        "client_resources": {"num_cpus": 1, "num_gpus": gpus / workers},
+        "init_args": {"address": address, "log_to_driver": False, "logging_level": logging.ERROR},
+        "client_resources": {"num_cpus": 1, "num_gpus": gpus},
     }
-
-
-class _EngineProcesses:
-    """The processes that Flower's engine has started: none of them is left when a simulation ends."""
-
-    def __init__(self) -> None:
-        self._before = set(psutil.Process().children(recursive=True))
-        self._seen: list[psutil.Process] = []
-        self._over = threading.Event()
-
-    def end_stragglers(self) -> None:
-        """Called when the coordinator is done: the engine would wait even for a participant that hangs."""
-        self._seen = [child for child in psutil.Process().children(recursive=True) if child not in self._before]
-        threading.Thread(target=self._kill_actors, daemon=True).start()
-
-    def wait(self) -> None:
-        """Called when the engine has returned: what it has told to end may take a moment, and is helped along."""
-        self._over.set()
-        _, alive = psutil.wait_procs(self._seen, timeout=_STRAGGLER_SECONDS)
-        for process in alive:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        psutil.wait_procs(alive, timeout=_STRAGGLER_SECONDS)
-
-    def _kill_actors(self) -> None:
-        if self._over.wait(_STRAGGLER_SECONDS):
-            return
-        for process in self._seen:
-            with contextlib.suppress(psutil.Error):
-                if any(word.startswith("ray::ClientAppActor") for word in process.cmdline()[:1]):
-                    process.kill()
 
 
 @contextlib.contextmanager
@@ -214,17 +174,7 @@ def _quiet_dependencies() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _temporary_ray_directory() -> Iterator[str]:
-    """A Ray directory of our own, short enough for Unix sockets, removed at the end."""
-    directory = tempfile.mkdtemp(prefix="sb-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _hard_interrupt() -> Iterator[None]:
+def _hard_interrupt(engine: Engine) -> Iterator[None]:
     """End at once on Ctrl-C or SIGTERM.
 
     Flower's engine would wait for every running job first. A hard end is safe: the ledger is synced, files are renamed
@@ -237,10 +187,7 @@ def _hard_interrupt() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)
         print("\nInterrupted. Nothing accepted is lost: continue with --resume.", file=sys.stderr, flush=True)
-        import ray
-
-        with contextlib.suppress(Exception):
-            ray.shutdown()
+        engine.close()
         os._exit(128 + number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -75,6 +75,13 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     return condition()
 
 
+def left_of(out: Path, below: list[psutil.Process]) -> list[psutil.Process]:
+    """What of a run, or of the processes that were below it, is there after 15 seconds."""
+    psutil.wait_procs(below, timeout=15)
+    wait_until(lambda: not processes_of(out), 5)
+    return processes_of(out) + [process for process in below if process.is_running()]
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
@@ -186,11 +193,11 @@ def test_killed_in_every_stage_a_run_resumes_to_the_same_result_and_redoes_nothi
         assert process.poll() is None, (
             f"the run ended before stage {stage}: {process.stderr and process.stderr.read()!r}"
         )
+        below = psutil.Process(process.pid).children(recursive=True)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        assert wait_until(lambda: not processes_of(out), 30), (
-            f"killed in {stage}, something runs on: {processes_of(out)}"
-        )
+        left = left_of(out, below)
+        assert not left, f"killed in {stage}, something runs on: {left}"
     done = simulate(out, "--resume")
     assert done.returncode == 0, done.stderr
     assert digests(out) == digests(undisturbed)
@@ -214,9 +221,10 @@ def test_ctrl_c_ends_a_run_at_once_with_a_word_and_leaves_nothing(tmp_path: Path
         command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
     )
     assert wait_until(lambda: any(entry["event"] == "hello" for entry in ledger(out)), 200)
+    below = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in stderr
     assert "Traceback" not in stderr
-    assert wait_until(lambda: not processes_of(out), 30)
+    assert not left_of(out, below)
