@@ -27,6 +27,7 @@ import torch
 
 from seedbed.client.nursery import Nursery, NurseryGoneError, NurseryProcess
 from seedbed.client.outcome import manifest_of
+from seedbed.client.silence import Silence
 from seedbed.client.spec import TrainSpec
 from seedbed.client.training import choose_engine
 from seedbed.client.worker import MEMORY_HINT, WATCH
@@ -59,6 +60,7 @@ def run(
     *,
     on_event: Callable[[dict[str, Any]], None] | None = None,
     deadline: float | None = None,
+    stall: float = 300.0,
     log: Path,
     warm: bool = False,
 ) -> TrainOutcome:
@@ -69,10 +71,12 @@ def run(
             a CPU; it saves the seconds that the imports take.
         on_event: gets every progress event of `client.worker`.
         deadline: seconds that the job may take.
+        stall: seconds without a word after which a training that has made steps counts as hanging; never less than 20
+            times as long as its longest silence before.
         log: file that collects what the processes print; the spec is written beside it.
 
     Raises:
-        TrainingError: if the processes crash, run out of memory or time, or the loss diverges.
+        TrainingError: if the processes crash, hang, run out of memory or time, or the loss diverges.
         StorageError: if the output is already there.
         SeedbedError: whatever else a worker reports, such as DataError, as that type.
     """
@@ -83,7 +87,8 @@ def run(
     atomic_write(spec_file, spec.model_dump_json(indent=2).encode())
     forked = warm and _command(spec, spec_file) == _single(spec_file) and not torch.cuda.is_available()
     with log.open("ab") as stream, _running(spec, spec_file, stream, forked=forked) as process:
-        events = _events(process, stream, started + deadline if deadline is not None else None)
+        until = started + deadline if deadline is not None else None
+        events = _events(process, stream, until, Silence(stall))
         done = _last(events, on_event)
         code = process.wait() if done is None else 0
     if done is None:
@@ -158,7 +163,7 @@ def _end(process: Process, gently: bool) -> None:
                 pipe.close()
 
 
-def _events(process: Process, log: IO[bytes], until: float | None) -> Iterator[dict[str, Any]]:
+def _events(process: Process, log: IO[bytes], until: float | None, silence: Silence) -> Iterator[dict[str, Any]]:
     lines: queue.Queue[bytes | None] = queue.Queue()
     threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
     ended = False
@@ -167,6 +172,7 @@ def _events(process: Process, log: IO[bytes], until: float | None) -> Iterator[d
             raise TrainingError(
                 "the training job did not finish before its deadline", "Give it more time or fewer steps."
             )
+        silence.check()
         try:
             # A process that is gone leaves at most what is already in the pipe.
             line = lines.get(timeout=0.2)
@@ -181,6 +187,7 @@ def _events(process: Process, log: IO[bytes], until: float | None) -> Iterator[d
         if event is None:
             log.write(line)
         else:
+            silence.heard(event)
             yield event
 
 

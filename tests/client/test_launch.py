@@ -161,6 +161,20 @@ def test_a_job_past_its_deadline_is_ended(spec: Callable[..., TrainSpec], log: P
     assert gone(log, 0)
 
 
+def test_a_training_that_hangs_after_some_steps_is_ended_long_before_its_deadline(
+    spec: Callable[..., TrainSpec], log: Path
+) -> None:
+    def stop_it(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 3:
+            for process in workers(log):
+                if process.pid != os.getpid():
+                    process.suspend()
+
+    with pytest.raises(TrainingError, match=r"hangs: no step for \d+ s, where one took at most \d+ s before"):
+        run(spec(training={"steps": ENDLESS}), on_event=stop_it, deadline=300, stall=2, log=log)
+    assert gone(log, 0)
+
+
 def test_an_interrupted_client_takes_its_worker_along(spec: Callable[..., TrainSpec], log: Path) -> None:
     def interrupt(event: dict[str, Any]) -> None:
         raise KeyboardInterrupt
