@@ -52,8 +52,10 @@ class TensorWriter:
         self._position = 0
         self._guess = _header(expected, self._space) if expected is not None and list(expected) == list(names) else None
         self._hash = hashlib.sha256(self._guess or b"")
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="writer")
-        self._writing: Future[None] | None = None
+        # A thread that writes and one that hashes: each takes about as long as the other.
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hasher")
+        self._pending: list[Future[None]] = []
         with storing("write", path):
             self._file = path.open("xb", buffering=0)
             self._file.write(self._guess or bytes(8 + self._space))
@@ -64,7 +66,8 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown()
+        self._writer.shutdown()
+        self._hasher.shutdown()
         self._file.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -110,19 +113,20 @@ class TensorWriter:
         self._position += len(data)
         # One part is written and hashed while the next is made, and no more wait in memory.
         self._written()
-        self._writing = self._pool.submit(self._write_and_hash, data)
+        self._pending = [self._writer.submit(self._write_all, data)]
+        if self._guess is not None:
+            self._pending.append(self._hasher.submit(self._hash.update, data))
 
-    def _write_and_hash(self, data: memoryview) -> None:
+    def _write_all(self, data: memoryview) -> None:
         done = 0
         with storing("write", self.path):
             while done < len(data):
                 done += self._file.write(data[done:]) or 0
-        if self._guess is not None:
-            self._hash.update(data)
 
     def _written(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.result()
 
 
 def _space(names: Mapping[str, int]) -> int:

@@ -114,12 +114,16 @@ def _slices(terms: Sequence[Term], name: str, dtype: torch.dtype, *, scaled: boo
     step = min(rows, max(1, _PART // (sum(ranks) * dtype.itemsize)))
     buffers = _Buffers(step, sum(ranks), dtype)
     for start in range(0, rows, step):
-        buffer = buffers.next()[: min(step, rows - start)]
-        columns = torch.split(buffer, ranks, dim=1)
-        for (file, factor), column in zip(terms, columns, strict=True):
-            part = torch.empty(column.shape, dtype=file.factor_dtype(name, "B"))
+        count = min(step, rows - start)
+        columns = []
+        for (file, factor), rank in zip(terms, ranks, strict=True):
+            part = torch.empty(count, rank, dtype=file.factor_dtype(name, "B"))
             _read(file, name, "B", start, part)
-            column.copy_(part.to(torch.promote_types(part.dtype, torch.float32)) * factor if scaled else part)
+            if scaled:
+                part = part.to(torch.promote_types(part.dtype, torch.float32)) * factor
+            columns.append(part.to(dtype))
+        buffer = buffers.next()[:count]
+        torch.cat(columns, dim=1, out=buffer)  # four times as fast as a copy into each expert's few columns
         yield buffer
 
 
