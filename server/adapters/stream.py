@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import cycle
 from typing import Literal
 
 import torch
@@ -44,13 +45,14 @@ def write_average(
         AdapterFormatError: if a file becomes shorter while it is read.
     """
     with _one_thread(), ThreadPoolExecutor(1, "sha256") as hasher:
+        room = _Room()
         hashing: Future[None] | None = None
         names = plan.names
         for index, name in enumerate(names):
             for file in plan.holders(names[index + 1]) if index + 1 < len(names) else ():
                 file.prefetch(names[index + 1])  # the disk reads ahead while this module is written
             try:
-                _write_module(new, plan, name, blocks[name])
+                _write_module(new, plan, name, blocks[name], room)
             except NonFiniteError:  # of the result: looked at once, as it is written
                 _blame(plan, name)
                 raise
@@ -74,7 +76,7 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _write_module(new: AdapterWriter, plan: MergePlan, name: str, ranks: Sequence[int]) -> None:
+def _write_module(new: AdapterWriter, plan: MergePlan, name: str, ranks: Sequence[int], room: _Room) -> None:
     used = [(file, weight) for file, weight, rank in zip(plan.files, plan.weights, ranks, strict=True) if rank]
     terms = [(file, weight * file.scaling(name)) for file, weight in used]
     same = len({coefficient for _, coefficient in terms}) == 1
@@ -86,56 +88,65 @@ def _write_module(new: AdapterWriter, plan: MergePlan, name: str, ranks: Sequenc
         dtype=dtype,
         # One coefficient for all becomes the scaling, and bytes are copied as they are.
         scaling=terms[0][1] if same else 1.0,
-        A=_rows_of_all(terms, name, dtype),
-        B=_slices(terms, name, dtype, scaled=not same),
+        A=_rows_of_all(terms, name, dtype, room),
+        B=_slices(terms, name, dtype, room, scaled=not same),
     )
 
 
-def _rows_of_all(terms: Sequence[Term], name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+def _rows_of_all(terms: Sequence[Term], name: str, dtype: torch.dtype, room: _Room) -> Iterator[Tensor]:
     columns = terms[0][0].shape(name)[1]
-    buffers = _Buffers(
-        max(1, _PART // (columns * dtype.itemsize)) + max(file.rank(name) for file, _ in terms), columns, dtype
-    )
-    filled, buffer = 0, buffers.next()
+    rows = max(1, _PART // (columns * dtype.itemsize)) + max(file.rank(name) for file, _ in terms)
+    buffers = cycle(room.tensor(f"A{turn}", rows, columns, dtype) for turn in range(2))
+    filled, buffer = 0, next(buffers)
     for file, _ in terms:
         rank = file.rank(name)
         _read(file, name, "A", 0, buffer[filled : filled + rank])
         filled += rank
         if filled * columns * dtype.itemsize >= _PART:
             yield buffer[:filled]
-            filled, buffer = 0, buffers.next()
+            filled, buffer = 0, next(buffers)
     if filled:
         yield buffer[:filled]
 
 
-def _slices(terms: Sequence[Term], name: str, dtype: torch.dtype, *, scaled: bool) -> Iterator[Tensor]:
+def _slices(terms: Sequence[Term], name: str, dtype: torch.dtype, room: _Room, *, scaled: bool) -> Iterator[Tensor]:
     rows = terms[0][0].shape(name)[0]
     ranks = [file.rank(name) for file, _ in terms]
     step = min(rows, max(1, _PART // (sum(ranks) * dtype.itemsize)))
-    buffers = _Buffers(step, sum(ranks), dtype)
+    buffers = cycle(room.tensor(f"B{turn}", step, sum(ranks), dtype) for turn in range(2))
+    parts = [
+        room.tensor(f"part{index}", step, rank, file.factor_dtype(name, "B"))
+        for index, ((file, _), rank) in enumerate(zip(terms, ranks, strict=True))
+    ]
     for start in range(0, rows, step):
         count = min(step, rows - start)
         columns = []
-        for (file, factor), rank in zip(terms, ranks, strict=True):
-            part = torch.empty(count, rank, dtype=file.factor_dtype(name, "B"))
+        for (file, factor), whole in zip(terms, parts, strict=True):
+            part = whole[:count]
             _read(file, name, "B", start, part)
             if scaled:
                 part = part.to(torch.promote_types(part.dtype, torch.float32)) * factor
             columns.append(part.to(dtype))
-        buffer = buffers.next()[:count]
+        buffer = next(buffers)[:count]
         torch.cat(columns, dim=1, out=buffer)  # four times as fast as a copy into each expert's few columns
         yield buffer
 
 
-class _Buffers:
-    """Two tensors that take turns: while one is written and hashed, the other is filled."""
+class _Room:
+    """Memory that all modules use one after the other: given back and asked for anew, it leaves holes that pile up.
 
-    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
-        self._held = [torch.empty(rows, columns, dtype=dtype) for _ in range(2)]
+    What is written comes in two tensors that take turns: while one is written and hashed, the other is filled.
+    """
 
-    def next(self) -> Tensor:
-        self._held.reverse()
-        return self._held[0]
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def tensor(self, use: str, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """An uninitialized matrix; the one before for the same use is lost."""
+        size = rows * columns * dtype.itemsize
+        if use not in self._held or len(self._held[use]) < size:
+            self._held[use] = torch.empty(size, dtype=torch.uint8)
+        return self._held[use][:size].view(dtype).view(rows, columns)
 
 
 def _read(file: AdapterFile, name: str, factor: Literal["A", "B"], start: int, into: Tensor) -> None:
