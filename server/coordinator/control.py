@@ -133,7 +133,8 @@ class SuperLinkControl:
         try:
             return getattr(client, method)(request)
         except Exception as error:  # of several kinds, none of them documented
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            said = " ".join(str(error).split()).partition(" For more information check:")[0]  # httpx on status codes
+            reason = said[:300] or type(error).__name__
             raise EnvironmentFailure(
                 f"the SuperLink refused {method}: {reason}", "See the coordinator's log."
             ) from None

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from village import config
 from seedbed.common.errors import ConfigError, EnvironmentFailure, QuorumError, ResumeError
 from seedbed.common.processes import RotatingLog
 from seedbed.server.coordinator import supervision
-from seedbed.server.coordinator.control import RegisteredNode
+from seedbed.server.coordinator.control import RegisteredNode, SuperLinkControl
 from seedbed.server.coordinator.members import Members
 from seedbed.server.coordinator.request import CoordinatorRequest
 from seedbed.server.coordinator.services import Layout, Service
@@ -27,6 +29,21 @@ def test_beyond_this_machine_needs_keys_or_a_word() -> None:
         with pytest.raises(ConfigError, match="nothing listens beyond this machine"):
             CoordinatorRequest("embedded", host=host).require_safe()
         CoordinatorRequest("embedded", host=host, insecure=True).require_safe()
+
+
+def test_a_superlink_that_fails_is_told_in_one_sentence() -> None:
+    class Failing(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_error(500)
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with pytest.raises(EnvironmentFailure, match="refused ListNodes: .*500") as told:
+            SuperLinkControl(f"127.0.0.1:{server.server_port}").nodes()
+        server.shutdown()
+    assert "For more information" not in told.value.message
 
 
 def test_a_directory_without_an_authority_is_no_keys_directory(tmp_path: Path) -> None:
