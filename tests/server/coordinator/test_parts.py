@@ -40,7 +40,7 @@ def test_a_superlink_that_fails_is_told_in_one_sentence() -> None:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Failing) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        with pytest.raises(EnvironmentFailure, match="refused ListNodes: .*500") as told:
+        with pytest.raises(EnvironmentFailure, match=r"refused ListNodes: .*500") as told:
             SuperLinkControl(f"127.0.0.1:{server.server_port}").nodes()
         server.shutdown()
     assert "For more information" not in told.value.message
