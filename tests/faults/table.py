@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 _LOOKS = {"survived": "green", "resumed": "cyan", "refused": "yellow", "failed": "bold red"}
+_TRIES = 4
 _GROUPS: dict[str, Callable[[Cell], object]] = {
     "target": lambda cell: (KINDS.index(cell.kind), TARGETS.index(cell.target)),
     "kind": lambda cell: KINDS.index(cell.kind),
@@ -83,11 +84,12 @@ def _run(group: list[Cell], found: dict[Cell, Outcome], store: Path, logs: Path,
             else:
                 found[cell] = outcome
         left = [cell for cell in cells if cell not in outcomes]
-        for cell in [cell for cell in left if tries[cell] >= 3]:
-            found[cell] = Outcome("failed", "the fault could not be done in three federations", 0.0, 1)
-        left = [cell for cell in left if tries[cell] < 3]
-        if left:
-            queue.append(left)
+        for cell in [cell for cell in left if tries[cell] >= _TRIES]:
+            found[cell] = Outcome("failed", f"the fault could not be done in {_TRIES} federations", 0.0, 1)
+        # A stage may be over before the last of its faults; twice too late, a fault gets a federation for itself.
+        again = [cell for cell in left if tries[cell] < 2]
+        queue += [again] if again else []
+        queue += [[cell] for cell in left if 2 <= tries[cell] < _TRIES]
         _save(store, found)
 
 
