@@ -8,6 +8,7 @@ from typing import Any
 from seedbed.common.errors import TrainingError
 
 _STEPS = 20
+"""How many times its longest silence a training may be silent."""
 
 
 class Silence:

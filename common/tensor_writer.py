@@ -52,7 +52,7 @@ class TensorWriter:
         self._position = 0
         self._guess = _header(expected, self._space) if expected is not None and list(expected) == list(names) else None
         self._hash = hashlib.sha256(self._guess or b"")
-        # A thread that writes and one that hashes: each takes about as long as the other.
+        # The write alone takes longest of all that happens to a part, so that nothing else is done in its thread.
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="writer")
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="hasher")
         self._pending: list[Future[None]] = []

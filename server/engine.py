@@ -26,6 +26,7 @@ import psutil
 from seedbed.common.errors import EnvironmentFailure
 from seedbed.common.processes import Child
 
+ENGINE_HINT = "See whether Ray can start on this machine (memory, ports, /tmp), then continue with --resume."
 _START_SECONDS = 120.0
 _STRAGGLER_SECONDS = 10.0
 _READY = "engine at "
@@ -59,6 +60,7 @@ class Engine:
         # Short enough for Unix sockets, which Ray makes in it.
         self._directory = Path(tempfile.mkdtemp(prefix="sb-ray-", dir="/tmp" if Path("/tmp").is_dir() else None))
         settings = {
+            "address": "local",  # not one that RAY_ADDRESS names
             "num_cpus": self._cpus,
             "num_gpus": self._gpus,
             "include_dashboard": False,
@@ -68,21 +70,19 @@ class Engine:
         said: queue.Queue[str] = queue.Queue()
         command = [sys.executable, "-m", "seedbed.server.engine", json.dumps(settings)]
         self._host = Child("engine", command, on_line=said.put)
-        until, last = time.monotonic() + _START_SECONDS, "it did not answer"
+        until, last, ended = time.monotonic() + _START_SECONDS, "it did not answer", False
         while time.monotonic() < until:
             try:
                 line = said.get(timeout=0.2)
             except queue.Empty:
-                if self._host.poll() is not None:
+                if ended:
                     break
+                ended = self._host.poll() is not None  # its last words may still be on their way
                 continue
             if line.startswith(_READY):
                 return line.removeprefix(_READY)
             last = line.strip() or last
-        raise EnvironmentFailure(
-            f"the simulation engine did not start: {last[:300]}",
-            "See whether Ray can start on this machine (memory, ports, /tmp), then continue with --resume.",
-        )
+        raise EnvironmentFailure(f"the simulation engine did not start: {last[:300]}", ENGINE_HINT)
 
     def end_stragglers(self) -> None:
         """Called when the coordinator is done: Flower would wait even for a participant that hangs."""
@@ -98,9 +98,10 @@ class Engine:
             shutil.rmtree(self._directory, ignore_errors=True)
 
     def _kill_actors(self) -> None:
-        if self._over.wait(_STRAGGLER_SECONDS) or self._host is None:
+        host = self._host
+        if host is None or self._over.wait(_STRAGGLER_SECONDS):
             return
-        for process in self._host.descendants():  # actors alone: without its agents, Ray's node goes down
+        for process in host.descendants():  # actors alone: without its agents, Ray's node goes down
             with contextlib.suppress(psutil.Error):
                 if any(word.startswith(_ACTOR) for word in process.cmdline()[:1]):
                     process.kill()

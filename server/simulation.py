@@ -26,7 +26,7 @@ from seedbed.common.config import FederationConfig
 from seedbed.common.errors import EnvironmentFailure
 from seedbed.common.jobs import GENERAL, NODES_VARIABLE, DataSource, Node
 from seedbed.common.storage import atomic_write
-from seedbed.server.engine import Engine
+from seedbed.server.engine import ENGINE_HINT, Engine
 from seedbed.server.inputs import Inputs
 from seedbed.server.messenger import GridWorkforce
 from seedbed.server.rundir import RunDirectory
@@ -72,10 +72,7 @@ def worker_count(config: FederationConfig, jobs: int) -> int:
     """Participants that work at the same time: one for each GPU, or each core, unless the configuration says."""
     if config.run.workers != "auto":
         return config.run.workers
-    import torch
-
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
-    return max(1, min(devices, jobs))
+    return max(1, min(_gpus() or len(os.sched_getaffinity(0)), jobs))
 
 
 def staff(run: RunDirectory, inputs: Inputs, *, pooled: bool, general: bool) -> tuple[int, int]:
@@ -110,7 +107,8 @@ def simulate(
     server_app = ServerApp()
 
     os.environ[NODES_VARIABLE] = str(run.root / "nodes")
-    with _quiet_dependencies(), contextlib.closing(Engine(workers, gpus := _gpus())) as engine, _hard_interrupt(engine):
+    gpus = _gpus()
+    with _quiet_dependencies(), contextlib.closing(Engine(workers, gpus)) as engine, _hard_interrupt(engine):
 
         @server_app.main()
         def main(grid: Grid, context: Context) -> None:
@@ -129,7 +127,7 @@ def simulate(
                 cause = error.__cause__ or error
                 raise EnvironmentFailure(
                     f"the simulation engine failed: {type(cause).__name__}: {_first_line(cause)}",
-                    "See whether Ray can start on this machine (memory, ports, /tmp), then continue with --resume.",
+                    ENGINE_HINT,
                 ) from error
     if raised:
         raise raised[0]

@@ -33,19 +33,14 @@ def steps(clock: Clock, silence: Silence, seconds: int) -> None:
         silence.heard({"event": "step", "step": step})
 
 
-def test_a_training_whose_steps_take_ten_seconds_may_be_silent_for_two_hundred(clock: Clock) -> None:
-    silence = Silence(least=5)
-    steps(clock, silence, 10)
-    clock.pass_by(silence, 200)
-    with pytest.raises(TrainingError, match="no step for 201 s, where one took at most 10 s before"):
-        clock.pass_by(silence, 1)
-
-
-def test_where_steps_are_short_the_least_silence_counts(clock: Clock) -> None:
-    silence = Silence(least=300)
-    steps(clock, silence, 1)
-    clock.pass_by(silence, 300)
-    with pytest.raises(TrainingError, match="no step for 301 s"):
+@pytest.mark.parametrize(("step", "least", "allowed"), [(10, 5, 200), (1, 300, 300)])
+def test_a_training_may_be_silent_for_twenty_steps_and_always_for_the_least(
+    clock: Clock, step: int, least: int, allowed: int
+) -> None:
+    silence = Silence(least)
+    steps(clock, silence, step)
+    clock.pass_by(silence, allowed)
+    with pytest.raises(TrainingError, match=f"no step for {allowed + 1} s, where one took at most {step} s before"):
         clock.pass_by(silence, 1)
 
 

@@ -16,12 +16,13 @@ from flwr.clientapp import ClientApp
 
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.config_file import parse_config
-from seedbed.common.errors import QuorumError
+from seedbed.common.errors import EnvironmentFailure, QuorumError
 from seedbed.common.jobs import Hello, Job, JobResult
 from seedbed.common.manifest import BaseIdentity, Record
 from seedbed.common.storage import DirectoryStore, read_adapter, write_adapter
 from seedbed.common.wire import RECORD, pack, unpack
 from seedbed.server.combination import Combination
+from seedbed.server.engine import Engine
 from seedbed.server.federation import Federation
 from seedbed.server.observer import Silent
 from seedbed.server.rundir import RunDirectory
@@ -126,4 +127,26 @@ def test_when_every_client_raises_the_run_fails_with_their_reasons(
     """Flower itself calls such a run completed."""
     with pytest.raises(QuorumError, match=r"0 of 2 results and needs 2.*out of coffee"):
         federate(tmp_path, {"a": "raise", "b": "raise"}, quorum=1.0)
+    assert not left_running()
+
+
+def test_an_engine_that_does_not_start_says_why_and_leaves_nothing(
+    left_running: Callable[[], list[psutil.Process]],
+) -> None:
+    engine = Engine(cpus=-1, gpus=0)
+    with pytest.raises(EnvironmentFailure, match=r"did not start: ValueError: .*negative"):
+        engine.start()
+    engine.close()
+    assert not left_running()
+
+
+def test_an_engine_is_its_own_even_where_ray_is_told_of_another(
+    monkeypatch: pytest.MonkeyPatch, left_running: Callable[[], list[psutil.Process]]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    engine = Engine(cpus=1, gpus=0)
+    try:
+        assert not engine.start().endswith(":1")
+    finally:
+        engine.close()
     assert not left_running()
