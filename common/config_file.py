@@ -50,17 +50,24 @@ def parse_config(values: Mapping[str, Any], overrides: Iterable[str] = (), sourc
         return FederationConfig.model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]
-        # The kind of an entry ("name", "mapping") stands in the place after its index, and is not part of the file.
-        parts = [
-            str(part)
-            for before, part in zip((None, *first["loc"]), first["loc"], strict=False)
-            if not isinstance(before, int) or part not in ("name", "mapping")
-        ]
-        path = ".".join(parts)
+        path = ".".join(_place(merged, first["loc"], missing=first["type"] == "missing"))
         reason = first["msg"].removeprefix("Value error, ")
         got = "" if isinstance(first["input"], dict) else f" (got {first['input']!r})"
         where = f"{source}: {path}: " if path else f"{source}: "
         raise ConfigError(f"{where}{reason}{got}", "Mend the file, or the --set option, and start again.") from None
+
+
+def _place(values: Any, location: tuple[int | str, ...], *, missing: bool) -> list[str]:
+    """Where in a file an error is. Pydantic names the kinds of a union in between, which are not part of the file."""
+    path = []
+    for depth, part in enumerate(location, 1):
+        here = part in values if isinstance(values, Mapping) else isinstance(values, list) and isinstance(part, int)
+        if here:
+            values = values[part]
+        elif not (missing and depth == len(location)):
+            continue
+        path.append(str(part))
+    return path
 
 
 def dump_config(config: FederationConfig) -> str:
