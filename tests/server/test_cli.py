@@ -191,13 +191,13 @@ def test_a_place_that_cannot_be_a_directory_is_refused(data: Path) -> None:
 
 
 def test_ray_that_cannot_start_is_one_sentence(data: Path) -> None:
-    """Ray takes its ports and directories from the environment; a broken one stands for any failure to start."""
+    """Ray reads resources from the environment; unreadable ones stand for any failure to start."""
     settings = ("--set", "tasks.experts=[a]", "--set", "tasks.held_out=[z]", "--quiet")
     outcome = in_a_process(
         "import sys; from seedbed.server.cli import main; sys.argv[0] = 'seedbed'; main()",
         *("simulate", "embedded", "--data", str(data), *settings),
         cwd=data.parent,
-        RAY_ADDRESS="127.0.0.1:1",
+        RAY_OVERRIDE_RESOURCES="not JSON",
     )
     assert_refused(outcome, 11, "simulation engine", "--resume")
 
