@@ -1,4 +1,6 @@
-"""Runs one command such that neither it nor anything that it starts outlives whoever asked: ``python keeper.py COMMAND…``.
+"""Runs one command such that neither it nor anything that it starts outlives whoever asked.
+
+    python keeper.py SCRATCH COMMAND…       SCRATCH: a directory that is removed at the end, or an empty word
 
 A wrapper of few imports, run by its path (see `processes`, which starts it). Its standard input is a pipe from whoever
 asked: when that closes, by a clean end or by kill -9, every process below is killed. It is a *subreaper*: what a child of a
@@ -87,7 +89,10 @@ def _reap(command: int) -> int | None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command to its end or to that of whoever asked.
+    """Run a command to its end or to that of whoever asked, then remove its scratch directory.
+
+    Args:
+        arguments: the directory (empty: none), the program and its arguments.
 
     Returns:
         its exit code; 128 + N where signal N ended it.
@@ -98,7 +103,18 @@ def main(arguments: list[str]) -> int:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    command = _start(arguments)
+    scratch, *command = arguments
+    code = _watch(_start(command), woken)
+    _end_all()
+    if scratch:
+        import shutil  # slow to import, and mostly not needed
+
+        shutil.rmtree(scratch, ignore_errors=True)
+    return code
+
+
+def _watch(command: int, woken: int) -> int:
+    """Wait until the command ends, or whoever asked is gone; returns the exit code."""
     while True:
         ready, _, _ = select.select([0, woken], [], [])
         if woken in ready:
@@ -110,10 +126,8 @@ def main(arguments: list[str]) -> int:
                         continue
             code = _reap(command)
             if code is not None:
-                _end_all()
                 return code
         if 0 in ready and not os.read(0, 4096):
-            _end_all()
             return 128 + signal.SIGKILL
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -88,6 +89,7 @@ class Child:
         on_line: gets every line that it prints, too, in a thread of its own.
         environment: variables on top of this process's.
         directory: where it runs.
+        scratch: a directory of its own, which is removed when nothing of it is left, also after kill -9 of this process.
     """
 
     def __init__(
@@ -99,13 +101,15 @@ class Child:
         on_line: Callable[[str], None] | None = None,
         environment: Mapping[str, str] | None = None,
         directory: Path | None = None,
+        scratch: Path | None = None,
     ) -> None:
         self.name = name
         self.started = time.monotonic()
         self._buried = False
+        self._scratch = scratch
         # -I -S: the keeper needs nothing but the standard library, and starts in no time.
         self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", str(keeper.__file__), *command],
+            [sys.executable, "-I", "-S", str(keeper.__file__), str(scratch or ""), *command],
             stdin=subprocess.PIPE,  # it closes when we die, and then so do they
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -177,6 +181,8 @@ class Child:
         for process in remains:
             with contextlib.suppress(psutil.Error):
                 process.kill()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
 
 def _pass_on(pipe: IO[bytes], name: str, log: RotatingLog | None, on_line: Callable[[str], None] | None) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
-import shutil
 import signal
 import sys
 import tempfile
@@ -45,7 +44,6 @@ class Engine:
     def __init__(self, cpus: int, gpus: int) -> None:
         self._cpus, self._gpus = cpus, gpus
         self._host: Child | None = None
-        self._directory: Path | None = None
         self._over = threading.Event()
 
     def start(self) -> str:
@@ -58,18 +56,18 @@ class Engine:
             EnvironmentFailure: if it does not start.
         """
         # Short enough for Unix sockets, which Ray makes in it.
-        self._directory = Path(tempfile.mkdtemp(prefix="sb-ray-", dir="/tmp" if Path("/tmp").is_dir() else None))
+        directory = Path(tempfile.mkdtemp(prefix="sb-ray-", dir="/tmp" if Path("/tmp").is_dir() else None))
         settings = {
             "address": "local",  # not one that RAY_ADDRESS names
             "num_cpus": self._cpus,
             "num_gpus": self._gpus,
             "include_dashboard": False,
             "object_store_memory": 100_000_000,  # adapters travel through files: Ray only carries small messages
-            "_temp_dir": str(self._directory),
+            "_temp_dir": str(directory),
         }
         said: queue.Queue[str] = queue.Queue()
         command = [sys.executable, "-m", "seedbed.server.engine", json.dumps(settings)]
-        self._host = Child("engine", command, on_line=said.put)
+        self._host = Child("engine", command, on_line=said.put, scratch=directory)
         until, last, ended = time.monotonic() + _START_SECONDS, "it did not answer", False
         while time.monotonic() < until:
             try:
@@ -94,8 +92,6 @@ class Engine:
         host, self._host = self._host, None
         if host is not None:
             host.kill()
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
 
     def _kill_actors(self) -> None:
         host = self._host

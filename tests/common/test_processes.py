@@ -74,10 +74,14 @@ def test_a_child_that_ends_takes_what_it_started_with_it(mark: str) -> None:
     assert until(lambda: not marked(mark))
 
 
-def test_after_kill_9_of_whoever_started_it_nothing_is_left(mark: str) -> None:
+def test_after_kill_9_of_whoever_started_it_nothing_is_left(mark: str, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "socket").touch()
     code = (
-        "import sys, time; from seedbed.common.processes import Child; "
-        f"Child('family', {family(mark)!r}, on_line=lambda line: print(line, flush=True)); time.sleep(300)"
+        "import sys, time; from pathlib import Path; from seedbed.common.processes import Child; "
+        f"Child('family', {family(mark)!r}, on_line=lambda line: print(line, flush=True), scratch=Path({str(scratch)!r})); "
+        "time.sleep(300)"
     )
     starter = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert starter.stdout is not None
@@ -86,6 +90,7 @@ def test_after_kill_9_of_whoever_started_it_nothing_is_left(mark: str) -> None:
     starter.wait()
     starter.stdout.close()
     assert until(lambda: not marked(mark)), marked(mark)
+    assert until(lambda: not scratch.exists())
 
 
 def test_when_the_keeper_itself_is_killed_the_child_is_gone_at_the_next_look(mark: str) -> None:
@@ -100,6 +105,15 @@ def test_when_the_keeper_itself_is_killed_the_child_is_gone_at_the_next_look(mar
     assert len(left) <= 1
     for process in left:
         process.kill()
+
+
+def test_a_scratch_directory_goes_with_the_child_that_it_was_made_for(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    child = Child("brief", ["sleep", "0"], scratch=scratch)
+    assert child.wait(20) == 0
+    assert not scratch.exists()
+    assert tmp_path.exists()
 
 
 def test_a_child_that_will_not_listen_is_ended_all_the_same(mark: str) -> None:

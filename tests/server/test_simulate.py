@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from simulating import ledger, left_of, processes_of, wait_until
 
 SMALL = (
     "tasks.experts=[addition, antonym]",
@@ -35,12 +35,6 @@ def simulate(out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(out, *options), capture_output=True, text=True, timeout=500, stdin=subprocess.DEVNULL)
 
 
-def ledger(out: Path) -> list[dict[str, Any]]:
-    path = out / "ledger.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def digests(out: Path) -> dict[str, str]:
     results = json.loads((out / "results.json").read_text())
     return {name: candidate["digest"] for name, candidate in results["candidates"].items()}
@@ -52,34 +46,6 @@ def accuracies(out: Path) -> dict[str, dict[str, float]]:
         name: {task: score["value"] for task, score in candidate["tasks"].items()}
         for name, candidate in results["candidates"].items()
     }
-
-
-def processes_of(out: Path) -> list[psutil.Process]:
-    """Every process that works for a run: Ray's and the training processes inherit where the run's nodes are."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("SEEDBED_NODES") == str(out / "nodes") and process.status() != "zombie":
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return condition()
-
-
-def left_of(out: Path, below: list[psutil.Process]) -> list[psutil.Process]:
-    """What of a run, or of the processes that were below it, is there after 15 seconds."""
-    psutil.wait_procs(below, timeout=15)
-    wait_until(lambda: not processes_of(out), 5)
-    return processes_of(out) + [process for process in below if process.is_running()]
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from simulating import ledger, left_of
 
 from seedbed.server.ablation.forecast import forecast
 from seedbed.server.ablation.plan import load_plan
@@ -90,12 +91,6 @@ def test_a_refusal_is_a_sentence_with_a_next_step(
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
-def ledger(out: Path) -> list[dict[str, Any]]:
-    path = out / "ledger.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def kill_when(out: Path, arguments: list[str], reached: Callable[[dict[str, Any]], bool]) -> None:
     process = subprocess.Popen(
         command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, stdin=subprocess.DEVNULL
@@ -105,22 +100,10 @@ def kill_when(out: Path, arguments: list[str], reached: Callable[[dict[str, Any]
         assert process.poll() is None, "it ended too early"
         assert time.monotonic() < end
         time.sleep(0.02)
+    below = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    while _processes_of(out):
-        assert time.monotonic() < end, "something runs on"
-        time.sleep(0.1)
-
-
-def _processes_of(out: Path) -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get("SEEDBED_NODES") == str(out / "nodes") and process.status() != "zombie":
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    assert not left_of(out, below), "something runs on"
 
 
 def test_killed_and_resumed_it_trains_and_measures_everything_exactly_once(plan: Path, tmp_path: Path) -> None:
