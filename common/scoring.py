@@ -152,18 +152,27 @@ class SeedbedLM(LM):  # type: ignore[misc]
     @torch.inference_mode()
     def _forward(self, batch: Collated) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Log-probability of every predicted token, and whether it is the likeliest."""
-        logits = self._logits(batch)
-        rows = torch.from_numpy(batch.rows).to(logits.device)
-        targets = torch.from_numpy(batch.targets).to(logits.device)
-        step = max(1, LOGITS // 4 // logits.shape[-1])
-        # Chunks, because logsumexp needs scratch of its input's size, in float32 whatever the model's dtype.
-        normalizer = torch.cat([chunk.float().logsumexp(-1) for chunk in torch.split(logits, step)])
-        likeliest = logits.argmax(-1)
-        values = logits[rows, targets].float() - normalizer[rows]
-        return values.double().cpu().numpy(), (likeliest[rows] == targets).cpu().numpy()
+        values = np.empty(len(batch.rows))
+        hits = np.empty(len(batch.rows), dtype=np.bool_)
+        start = 0
+        for logits in self._logits(batch):
+            here = np.flatnonzero((batch.rows >= start) & (batch.rows < start + len(logits)))
+            rows = torch.from_numpy(batch.rows[here] - start).to(logits.device)
+            targets = torch.from_numpy(batch.targets[here]).to(logits.device)
+            step = max(1, LOGITS // 4 // logits.shape[-1])
+            # Chunks, because logsumexp needs scratch of its input's size, in float32 whatever the model's dtype.
+            normalizer = torch.cat([chunk.float().logsumexp(-1) for chunk in torch.split(logits, step)])
+            likeliest = logits.argmax(-1)
+            values[here] = (logits[rows, targets].float() - normalizer[rows]).double().cpu().numpy()
+            hits[here] = (likeliest[rows] == targets).cpu().numpy()
+            start += len(logits)
+        return values, hits
 
-    def _logits(self, batch: Collated) -> Tensor:
-        """Logits ``[scored nodes, vocabulary]``: hidden states are gathered just before the vocabulary projection."""
+    def _logits(self, batch: Collated) -> Iterator[Tensor]:
+        """Logits ``[scored nodes, vocabulary]`` in parts of at most `LOGITS`, so that a long text takes no more memory.
+
+        Hidden states are gathered just before the vocabulary projection. The model's body runs once.
+        """
         scored = torch.from_numpy(batch.scored).to(self._device)
         inputs: dict[str, Any] = {"input_ids": torch.from_numpy(batch.ids).to(self._device), "use_cache": False}
         if batch.mask is not None:
@@ -173,16 +182,16 @@ class SeedbedLM(LM):  # type: ignore[misc]
             bias = torch.zeros(allowed.shape, dtype=self.model.dtype, device=self._device)
             inputs["attention_mask"] = bias.masked_fill_(~allowed, torch.finfo(self.model.dtype).min)
 
-        def gather(_head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (args[0].reshape(-1, args[0].shape[-1])[scored].unsqueeze(0), *args[1:])
-
-        # A hook on the head, not a product of our own: soft-capping and scaling of logits stay the model's business.
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(gather)
-        try:
-            logits: Tensor = self.model(**inputs).logits[0]
-        finally:
-            handle.remove()
-        return logits
+        head, body = self.model.get_output_embeddings(), self.model.base_model
+        parts = torch.split(scored, max(1, LOGITS // int(self._config.vocab_size)))
+        if len(parts) == 1 or body is self.model:
+            with _gathering(head, scored):
+                yield self.model(**inputs).logits[0]
+            return
+        with _computed_once(body):
+            for part in parts:
+                with _gathering(head, part):
+                    yield self.model(**inputs).logits[0]
 
     def _can_branch(self) -> bool:
         """Whether the model gives the same numbers under a tree mask; tried out once on two branches.
@@ -290,6 +299,42 @@ class SeedbedLM(LM):  # type: ignore[misc]
 
 
 _PROBE = ((1, 2, 3, 4, 5, 6), (1, 2, 3, 7, 8, 9))
+
+
+@contextmanager
+def _gathering(head: torch.nn.Module, places: Tensor) -> Iterator[None]:
+    """Within the body, the head sees only the hidden states at some places of the flattened batch.
+
+    A hook on the head, not a product of our own: soft-capping and scaling of logits stay the model's business.
+    """
+
+    def gather(_head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0].reshape(-1, args[0].shape[-1])[places].unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _computed_once(module: torch.nn.Module) -> Iterator[None]:
+    """Within the body, the module computes when it is called first, and then gives the same answer again."""
+    replaced, forward, answers = module.__dict__.get("forward"), module.forward, list[Any]()
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        if not answers:
+            answers.append(forward(*args, **kwargs))
+        return answers[0]
+
+    object.__setattr__(module, "forward", once)
+    try:
+        yield
+    finally:
+        object.__delattr__(module, "forward")
+        if replaced is not None:  # another library's wrapper
+            object.__setattr__(module, "forward", replaced)
 
 
 def _tree(indices: Iterable[int], requests: Sequence[Request]) -> Tree:

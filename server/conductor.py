@@ -23,7 +23,7 @@ from seedbed.server.evaluation import results as records
 from seedbed.server.evaluation.report import write_report
 from seedbed.server.evaluation.results import Results
 from seedbed.server.federation import Federation
-from seedbed.server.inputs import EMBEDDED_TEST, Inputs, find_inputs, with_embedded_text, write_embedded
+from seedbed.server.inputs import EMBEDDED_TEST, Inputs, complete, find_inputs
 from seedbed.server.ledger import Entry
 from seedbed.server.measurement import Measurement
 from seedbed.server.messenger import Messenger
@@ -121,10 +121,9 @@ def open_setting(
     shapes = target_shapes(directory, config.lora)
     found = find_inputs(config, training=training)
     base = basemodel.identify(directory, config.base.model)
-    run = RunDirectory.open(root, config, found.hashes if found else {}, resume=resume)
-    data = run.root / "data"
+    run = RunDirectory.open(root, config, found.hashes, resume=resume)
     try:
-        inputs = with_embedded_text(found or write_embedded(config, data, training=training), config, data)
+        inputs = complete(found, config, run.root / "data", training=training)
     except BaseException:
         run.close()
         raise
@@ -145,7 +144,7 @@ def _test_sizes(config: FederationConfig) -> dict[str, int] | None:
     if config.tasks.data is None and config.base.model != "embedded":
         return None  # a plan can be looked at before the data are there
     found = find_inputs(config)
-    if found is None:
+    if config.tasks.data is None:
         return dict.fromkeys((*config.tasks.experts, *config.tasks.held_out), EMBEDDED_TEST)
     return {name: len(read_examples(path)) for name, path in found.test.items()}
 

@@ -37,22 +37,22 @@ class General:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Where the examples of every task lie, and their hashes."""
+    """Where the examples of every task lie."""
 
     train: dict[str, str]
     test: dict[str, str]
     hashes: dict[str, str]
+    """SHA-256 of every file that the configuration names; what is generated is the same every time."""
     general: General | None = None
 
 
-def find_inputs(config: FederationConfig, *, training: bool = True) -> Inputs | None:
+def find_inputs(config: FederationConfig, *, training: bool = True) -> Inputs:
     """Locate and read every data file before anything is written, so that bad data stops a run before it starts.
+
+    What is generated, `complete` adds: the embedded tasks, and general text of the embedded model's kind.
 
     Args:
         training: whether training data lie here, too; those of a real federation are with its participants.
-
-    Returns:
-        None for the embedded tasks, which are generated into the run directory.
 
     Raises:
         ConfigError: if there is no data for the tasks.
@@ -70,11 +70,7 @@ def find_inputs(config: FederationConfig, *, training: bool = True) -> Inputs | 
         if untrainable:
             trainable = ", ".join(sorted(name for name, task in TASKS.items() if task.held_in))
             raise ConfigError(f"embedded task '{untrainable[0]}' has no training data", f"Choose among: {trainable}.")
-        if training:
-            for location in _public(config).values():
-                read_examples(location)
-        _general(config, training)
-        return None
+        return _hashed(_public(config) if training else {}, {}, _general(config, training))
     if not tasks.data.is_dir():
         raise DataError(
             f"there is no data directory {tasks.data}", "Pass --data DIR with NAME.train.jsonl and NAME.test.jsonl."
@@ -87,24 +83,31 @@ def find_inputs(config: FederationConfig, *, training: bool = True) -> Inputs | 
                 f"{location} has examples without choices: task '{name}' cannot be scored",
                 "Give test files the shape prompt/choices/label.",
             )
-    general = _general(config, training)
+    return _hashed(train, test, _general(config, training))
+
+
+def complete(inputs: Inputs, config: FederationConfig, directory: Path, *, training: bool = True) -> Inputs:
+    """What `find_inputs` has found, with what is generated into a directory: the same files every time."""
+    if config.tasks.data is None:
+        names = (*config.tasks.experts, *config.tasks.held_out)
+        for name in names:
+            if not (directory / f"{name}.test.jsonl").exists():
+                write_task(name, directory, EMBEDDED_TRAIN, EMBEDDED_TEST, seed=0)
+        train = {name: str(directory / f"{name}.train.jsonl") for name in config.tasks.experts} if training else {}
+        test = {name: str(directory / f"{name}.test.jsonl") for name in names}
+        inputs = replace(inputs, train={**train, **inputs.train}, test=test)
+    if inputs.general is None and (config.tasks.data is None or config.base.model == "embedded"):
+        return replace(inputs, general=_embedded_general(config, directory))
+    return inputs
+
+
+def _hashed(train: dict[str, str], test: dict[str, str], general: General | None) -> Inputs:
+    """Read every file once, and note what it holds."""
     hashes = {}
     for location in (*train.values(), *test.values(), *([general.location] if general else [])):
         read_examples(location)
         hashes[location] = hashlib.sha256(Path(location).read_bytes()).hexdigest()
     return Inputs(train, test, hashes, general)
-
-
-def write_embedded(config: FederationConfig, directory: Path, *, training: bool = True) -> Inputs:
-    """Generate the embedded tasks into a directory; the same files every time. See `find_inputs` for `training`."""
-    names = (*config.tasks.experts, *config.tasks.held_out)
-    for name in names:
-        if not (directory / f"{name}.test.jsonl").exists():
-            write_task(name, directory, EMBEDDED_TRAIN, EMBEDDED_TEST, seed=0)
-    train = {name: str(directory / f"{name}.train.jsonl") for name in config.tasks.experts} if training else {}
-    train |= _public(config) if training else {}
-    general = _general(config, training) or _embedded_general(config, directory)
-    return Inputs(train, {name: str(directory / f"{name}.test.jsonl") for name in names}, {}, general)
 
 
 def _public(config: FederationConfig) -> dict[str, str]:
@@ -131,13 +134,6 @@ def _general(config: FederationConfig, training: bool) -> General | None:
         return None
     location = tasks.general if tasks.general is not None else beside
     return _split(str(_existing(location, "tasks.general")), config)
-
-
-def with_embedded_text(inputs: Inputs, config: FederationConfig, directory: Path) -> Inputs:
-    """Give own tasks over the embedded model the general text of its kind, where they bring none; others stay as they are."""
-    if inputs.general is not None or config.base.model != "embedded":
-        return inputs
-    return replace(inputs, general=_embedded_general(config, directory))
 
 
 def _embedded_general(config: FederationConfig, directory: Path) -> General:

@@ -59,7 +59,7 @@ class Measurement:
 
     def scores(self, candidates: Sequence[Combination]) -> Scores:
         """All scores by candidate; what an earlier try has measured is read back."""
-        tasks = self._tasks()
+        tasks = self.tasks()
         pairs = [(candidate, task) for candidate in candidates for task in self._for(candidate, tasks)]
         # By key: one adapter may have several names.
         missing = {self._key(*pair): pair for pair in pairs if self._held(*pair) is None}.values()
@@ -88,7 +88,7 @@ class Measurement:
 
     def routing(self, candidates: Sequence[Combination]) -> dict[str, dict[str, RoutingDiagnostics]]:
         """What the router of each mixture did, task by task, while it was scored."""
-        tasks = self._tasks()
+        tasks = self.tasks()
         found: dict[str, dict[str, RoutingDiagnostics]] = {}
         for candidate in candidates:
             for task in self._for(candidate, tasks):
@@ -97,7 +97,8 @@ class Measurement:
                     found.setdefault(candidate.name, {})[task.name] = held
         return found
 
-    def _tasks(self) -> list[EvalTask]:
+    def tasks(self) -> list[EvalTask]:
+        """What candidates are measured on."""
         config = self.run.config
         own = [
             task_from_jsonl(

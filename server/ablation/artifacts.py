@@ -37,6 +37,8 @@ class Graph:
     combined: Mapping[str, str] = field(default_factory=dict)
     jobs: dict[str, Job] = field(default_factory=dict)
     """Every training, by recipe, in the order in which they can be done."""
+    made: dict[str, str] = field(default_factory=dict)
+    """Kind of every merge and router, by recipe."""
     asked: int = 0
     """Trainings with those that are needed more than once."""
 
@@ -45,20 +47,21 @@ class Graph:
         self.jobs.setdefault(job.recipe, job)
         return self.trained.get(job.recipe) or f"?{job.recipe}"
 
-    def combine(self, recipe: str) -> str:
+    def combine(self, recipe: str, kind: str) -> str:
+        self.made[recipe] = kind
         return self.combined.get(recipe) or f"?{recipe}"
 
     def given_seed(self) -> str:
         return "?given"
 
     def merge_seed(self, parents: Sequence[str], round_index: int) -> str:
-        return self.combine(merge_recipe("factor_mean", parents, kind="seed"))
+        return self.combine(merge_recipe("factor_mean", parents, kind="seed"), "mean of the seed")
 
     def mean_router(self, candidate: Candidate, index: int, experts: Mapping[str, str], done: Sequence[str]) -> str:
         return self.routed(token_level(candidate), experts, {"mean": list(done), "round": index})
 
     def routed(self, settings: Any, experts: Mapping[str, str], made_of: Mapping[str, Any]) -> str:
-        return self.combine(describe_router(settings, experts, made_of)[1])
+        return self.combine(describe_router(settings, experts, made_of)[1], "router")
 
     @property
     def missing(self) -> list[Job]:
@@ -141,9 +144,8 @@ def candidate_digest(candidate: Candidate, parts: Parts, random_seed: int, graph
         assert candidate.options is not None
         seed = parts.seed if needs_seed(candidate.options) else None
         options = merge_options(candidate, random_seed)
-        return graph.combine(
-            merge_recipe(candidate.method.name, in_order(candidate, list(group.values())), options, seed)
-        )
+        recipe = merge_recipe(candidate.method.name, in_order(candidate, list(group.values())), options, seed)
+        return graph.combine(recipe, "merge")
     if candidate.role == "mixture":
         assert candidate.routing is not None
         if candidate.routing.kind == "molora":

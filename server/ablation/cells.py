@@ -6,7 +6,9 @@ groups(variants)            cells that differ in their candidate only share one 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -291,18 +293,27 @@ def _distinct(plan: Plan, variants: list[Variant]) -> list[Variant]:
             raise ConfigError(
                 f"plan '{plan.name}': two candidates are called '{name}'", "Give one of them another name."
             )
-        if variant is not full and variant.setting == full.setting and _same(variant, full):
+        is_full = variant is not full and variant.setting == full.setting and _same(variant, full)
+        twins = [one for one in seen if one.setting == variant.setting and _same(one, variant)]
+        twin = next((one for one in twins if not is_full or one.cell.row == variant.cell.row), None)
+        if twin is not None:
+            raise ConfigError(
+                f"plan '{plan.name}': '{variant.cell.name}' in row '{variant.cell.row}' is the same as "
+                f"'{twin.cell.name}' in row '{twin.cell.row}'",
+                "Leave one of them out.",
+            )
+        if is_full:
             variant = replace(variant, cell=variant.cell.model_copy(update={"is_full": True}))
-        else:
-            twin = next((one for one in seen if one.setting == variant.setting and _same(one, variant)), None)
-            if twin is not None:
-                raise ConfigError(
-                    f"plan '{plan.name}': '{variant.cell.name}' in row '{variant.cell.row}' is the same as "
-                    f"'{twin.cell.name}' in row '{twin.cell.row}'",
-                    "Leave one of them out.",
-                )
         seen.append(variant)
-    return seen
+    return [_told_apart(variant, seen) for variant in seen]
+
+
+def _told_apart(variant: Variant, variants: Sequence[Variant]) -> Variant:
+    """Rows that pass through the full method may each have a point there: then their names say of which row they are."""
+    cell = variant.cell
+    if sum(one.cell.name == cell.name for one in variants) == 1:
+        return variant
+    return replace(variant, cell=cell.model_copy(update={"name": f"{cell.name} ({cell.row})"}))
 
 
 def _same(one: Variant, other: Variant) -> bool:
@@ -338,7 +349,13 @@ def _told(part: str, value: Any) -> str:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """For curves; text counts where it is a number, as `2e-3` is text to YAML and a number to the configuration."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    with contextlib.suppress(ValueError):
+        number = float(value)
+        return number if math.isfinite(number) else None
+    return None
 
 
 def _slug(text: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 from seedbed.common import basemodel
 from seedbed.common.batteries import expand as expand_batteries
 from seedbed.common.config import FederationConfig
-from seedbed.common.errors import ModelError
+from seedbed.common.errors import ModelError, ResumeError
 from seedbed.common.jobs import Job
 from seedbed.common.manifest import BaseIdentity
 from seedbed.server.ablation.artifacts import Graph, candidate_digest, walk
 from seedbed.server.ablation.cells import Group, Variant, configured, expand, groups, whole_config, with_candidates
+from seedbed.server.ablation.plan import kept_plan, refuse_change
 from seedbed.server.ablation.values import Plan
 from seedbed.server.combination import Parts
 from seedbed.server.measurement import score_key
@@ -40,6 +41,15 @@ class Trainings:
     """Of those that are missing."""
     seconds: float | None
     """Of one worker for those that are missing; none where nothing is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Artifacts:
+    """Merges, routers or means of one kind, which are computed from trainings."""
+
+    kind: str
+    distinct: int
+    cached: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +103,7 @@ class Forecast:
     cells: tuple[CellNeeds, ...]
     configurations: int
     trainings: tuple[Trainings, ...]
+    combined: tuple[Artifacts, ...]
     scores: int
     """Distinct pairs of a model and a task."""
     scores_cached: int
@@ -100,6 +111,8 @@ class Forecast:
     """Of the whole rest, with all workers."""
     measured: bool
     """Whether the times come from the ledger, not from the rule."""
+    other: str = ""
+    """Why nothing that lies in the directory counts, although there is something."""
 
     @property
     def alone(self) -> int:
@@ -119,7 +132,8 @@ def forecast(plan: Plan, seeds: Sequence[int], root: Path | None = None) -> Fore
     """Look ahead; nothing is written.
 
     Args:
-        root: directory of an earlier, unfinished run, whose artifacts need not be made again.
+        root: directory of an earlier, unfinished run, whose artifacts need not be made again. One that could not be
+            continued with this plan does not count.
 
     Raises:
         ConfigError: if the plan makes no sense.
@@ -127,7 +141,8 @@ def forecast(plan: Plan, seeds: Sequence[int], root: Path | None = None) -> Fore
     variants = expand(plan)
     config = whole_config(plan, variants)
     base = _identity(config)
-    history = History.of(root)
+    other = _not_continued(root, plan)
+    history = History.of(None if other else root)
     cells, graph = _cells(variants, seeds, base, history)
     known = Graph(history.trained, history.combined)
     scores = {key for seed in seeds for group in groups(variants) for key in score_keys(group, seed, base, known)}
@@ -146,11 +161,30 @@ def forecast(plan: Plan, seeds: Sequence[int], root: Path | None = None) -> Fore
         cells=tuple(cells),
         configurations=len(groups(variants)),
         trainings=trainings,
+        combined=tuple(_combined(known.made, history)),
         scores=len(scores),
         scores_cached=len(scores & history.scores),
         seconds=seconds,
         measured=bool(history.seconds),
+        other=other,
     )
+
+
+def _not_continued(root: Path | None, plan: Plan) -> str:
+    """Why a directory cannot be continued with a plan; empty where it can, or is not there."""
+    try:
+        before = kept_plan(root) if root is not None else None
+        if before is not None:
+            refuse_change(before, plan, str(root))
+    except ResumeError as error:
+        return error.message
+    return ""
+
+
+def _combined(made: Mapping[str, str], history: History) -> Iterator[Artifacts]:
+    for kind in dict.fromkeys(made.values()):
+        recipes = {recipe for recipe, of in made.items() if of == kind}
+        yield Artifacts(kind, len(recipes), len(recipes & history.combined.keys()))
 
 
 def _cells(
@@ -173,10 +207,10 @@ def score_keys(group: Group, seed: int, base: BaseIdentity, known: Graph) -> Ite
     """Under which the scores are kept that the cells of one configuration need; some may be needed more than once.
 
     Args:
-        known: what was trained and combined before.
+        known: what was trained and combined before; what the cells combine is noted there.
     """
     config = configured(group.config, seed)
-    graph = Graph(known.trained, known.combined)
+    graph = Graph(known.trained, known.combined, made=known.made)
     parts = walk(config, base, graph)
     tasks = (*config.tasks.experts, *config.tasks.held_out, *expand_batteries(config.evaluation.extra))
     for variant in group.variants:

@@ -19,7 +19,8 @@ def tables(found: Forecast) -> Group:
         f"Estimated time: {total}"
     )
     text += "." if found.seconds is None else f" with {found.workers} workers, {times}."
-    return Group(_cell_table(found), _training_table(found), text)
+    other = [f"Nothing that is there counts: {found.other}. Name another --out."] if found.other else []
+    return Group(_cell_table(found), _training_table(found), _combined_table(found), *other, text)
 
 
 def _cell_table(found: Forecast) -> Table:
@@ -42,6 +43,16 @@ def _training_table(found: Forecast) -> Table:
     for row in found.trainings:
         time = "-" if row.seconds is None else _minutes(row.seconds)
         table.add_row(row.kind, str(row.distinct), str(row.cached), str(row.steps), time)
+    return table
+
+
+def _combined_table(found: Forecast) -> Table:
+    table = Table(title="merges, routers, scores", title_justify="left")
+    for column in ("kind", "distinct", "done"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
+    for row in found.combined:
+        table.add_row(row.kind, str(row.distinct), str(row.cached))
+    table.add_row("score (a model on a task)", str(found.scores), str(found.scores_cached))
     return table
 
 

@@ -16,7 +16,7 @@ from seedbed.server.ablation.values import SeedOutcome
 from seedbed.server.assembly import lineage
 from seedbed.server.candidates import Candidate
 from seedbed.server.combination import Combination, Parts, alone_name
-from seedbed.server.evaluation.compare import mean_score, router_use
+from seedbed.server.evaluation.compare import mean_score, oracle_score, router_use
 from seedbed.server.evaluation.suite import TaskResult
 from seedbed.server.rundir import RunDirectory
 
@@ -124,6 +124,7 @@ def _outcome(made: Made, variant: Variant, found: _Found, costs: Costs) -> SeedO
     by_task = found.routing.get(candidate.name)
     return SeedOutcome(
         digest=model.digest if model is not None else None,
+        of=tuple(digests) if model is None else (),
         # What is held in depends on the configuration: a kept score may be another's.
         scores=tuple(score.model_copy(update={"held_in": score.task in held_in}) for score in scores),
         seen_by_seed=tuple(task for task in held_in if task in cost.seed_tasks),
@@ -141,7 +142,7 @@ def _of_experts(candidate: Candidate, scores: Sequence[Sequence[TaskResult]], ta
     """What is computed from the scores of single experts.
 
     `experts` (LoRA per task): each held-in task answered by its own expert, others by an expert taken at random (the mean
-    over experts, example by example). `oracle`: each task by the expert that does best on it, known in hindsight.
+    over experts, example by example). `oracle`: see `oracle_score`.
     """
     by_task: dict[str, list[TaskResult]] = {}
     for of_expert in scores:
@@ -152,7 +153,7 @@ def _of_experts(candidate: Candidate, scores: Sequence[Sequence[TaskResult]], ta
         if len(several) < len(scores):
             raise DataError(f"task {task} was not measured with every expert", "Set evaluation.expert_tasks to all.")
         if candidate.role == "oracle":
-            found.append(max(several, key=lambda score: score.value))
+            found.append(oracle_score(task, several, tasks))
         else:
             found.append(several[tasks.index(task)] if task in tasks else mean_score(several))
     return found

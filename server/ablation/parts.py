@@ -48,6 +48,8 @@ _FIXED: Mapping[str, str] = {
     "combine.candidates": "use 'candidate', or a setting of the full candidate",
     "combine.routing.data": "all cells of a plan read the same data; make a plan for each",
     "evaluation": "all cells are measured in the same way",
+    "stages.max_norm_ratio": "every cell needs all its experts, so a gate that leaves one out would only make it fail",
+    "stages.min_cosine": "every cell needs all its experts, so a gate that leaves one out would only make it fail",
     "stages": "it says when to give up, and changes no result",
     "run": "it says where jobs run; --seeds repeats a plan with other random seeds",
 }

@@ -1,4 +1,4 @@
-"""Plans of ablations: read from YAML, checked key by key. Pure but for reading the file; what a plan comes to is in `cells`.
+"""Plans of ablations: read from YAML, checked key by key, kept in their run directories; what a plan comes to is in `cells`.
 
 name: my-question
 about: Does the KL term pay?
@@ -20,15 +20,19 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
+from pydantic import ValidationError
 
 from seedbed.common.config_file import preset_names
 from seedbed.common.errors import ConfigError, ResumeError, nearest
+from seedbed.common.files import atomic_write
 from seedbed.server.ablation.parts import canonical
 from seedbed.server.ablation.values import Metric, Plan, Row
 
 _KEYS = ("name", "about", "config", "set", "full", "rows")
 _ROW_KEYS = ("label", "part", "action", "with", "metrics")
 METRICS: tuple[str, ...] = get_args(Metric)
+PLAN = "plan.json"
+"""In a run directory: the plan, complete."""
 
 
 def plan_names() -> list[str]:
@@ -180,8 +184,32 @@ def _text(values: Mapping[str, Any], key: str, where: str) -> str:
     return " ".join(value.split())
 
 
+def kept_plan(root: Path) -> Plan | None:
+    """The plan that a run directory was made by last; none where there is none.
+
+    Raises:
+        ResumeError: if it cannot be read.
+    """
+    path = root / PLAN
+    if not path.exists():
+        return None
+    try:
+        return Plan.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        raise ResumeError(f"{path} cannot be read", "Restore it, or name another --out.") from None
+
+
+def keep_plan(root: Path, plan: Plan) -> None:
+    """Write the plan into a run directory.
+
+    Raises:
+        StorageError: if that fails.
+    """
+    atomic_write(root / PLAN, (plan.model_dump_json(indent=2) + "\n").encode())
+
+
 def refuse_change(before: Plan, now: Plan, where: str) -> None:
-    """A plan that is continued must be the plan that was started.
+    """A plan that is continued must have the full method that was started; its rows may be others.
 
     Raises:
         ResumeError: saying what has changed.
@@ -197,10 +225,3 @@ def refuse_change(before: Plan, now: Plan, where: str) -> None:
             raise ResumeError(
                 f"the plan has changed since {where} was started: {field} was {old!r} and is {new!r}", hint
             )
-    # As JSON, since that is what was kept.
-    rows, others = ({row.label: row.model_dump(mode="json") for row in plan.rows} for plan in (before, now))
-    for label in (*rows, *others):
-        old_row, new_row = rows.get(label), others.get(label)
-        if old_row != new_row:
-            what = "was added" if old_row is None else "is gone" if new_row is None else "has changed"
-            raise ResumeError(f"the plan has changed since {where} was started: row '{label}' {what}", hint)

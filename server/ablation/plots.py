@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from seedbed.server.ablation import tables
 from seedbed.server.ablation.answer import interval, label, plain, readable, signed, unit
@@ -16,6 +17,8 @@ from seedbed.server.evaluation.plots import FIRST, INK, SECOND, figure, grid_of_
 
 _LETTERS = 25
 """Of a label's line."""
+_TICKS = 5
+"""Most intervals between numbers along an axis, so that long ones such as −0.005 do not touch."""
 
 
 def forest(results: AblationResults, measure: Measure) -> str:
@@ -35,6 +38,7 @@ def forest(results: AblationResults, measure: Measure) -> str:
         axes.tick_params(length=0)
         axes.grid(axis="x", linewidth=0.8)
         axes.set_axisbelow(True)
+        axes.xaxis.set_major_locator(MaxNLocator(_TICKS))
         axes.set_xlabel(f"full method − cell,{unit(measure) or ' perplexity'}")
     told = ", ".join(
         f"{label(results, results.cells[effect.cell].cell)} {signed(measure, effect.difference)} ({interval(effect)})"

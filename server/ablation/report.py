@@ -116,8 +116,17 @@ def _draw(results: AblationResults, out_dir: Path) -> None:
     atomic_write(out_dir / HTML, page(results).encode())
 
 
+def failures(results: AblationResults) -> list[str]:
+    """A sentence for each cell and random seed that gave nothing."""
+    return [
+        f"{label(results, one.cell)}, random seed {seed}: {reason}"
+        for one in results.cells.values()
+        for seed, reason in one.failures.items()
+    ]
+
+
 def summary(results: AblationResults) -> Group:
-    """The answer and the effects of every measure, for a terminal of 80 columns."""
+    """The answer, the effects of every measure and what failed, for a terminal of 80 columns."""
     from rich import box
     from rich.console import Group
     from rich.markup import escape
@@ -145,7 +154,13 @@ def summary(results: AblationResults) -> Group:
             mark = "=" if effect.same else "*" if verdict(effect) == "clear" else ""
             table.add_row(name, *cells, mark)
         tables.append(table)
-    return Group(Text(results.answer), *(part for table in tables for part in (Text(""), table)))
+    failed = [Text(f"Failed: {told}") for told in failures(results)]
+    return Group(
+        Text(results.answer),
+        *(part for table in tables for part in (Text(""), table)),
+        *([Text("")] if failed else []),
+        *failed,
+    )
 
 
 def _cell(outcome: CellOutcome, observed: Observations) -> CellResult:

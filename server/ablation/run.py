@@ -13,6 +13,7 @@ from pathlib import Path
 from flwr.clientapp import ClientApp
 
 from seedbed.common.errors import QuorumError, SeedbedError
+from seedbed.common.tasks import EvalTask
 from seedbed.common.versions import software_versions
 from seedbed.server.ablation.artifacts import Graph
 from seedbed.server.ablation.cells import FULL
@@ -48,8 +49,10 @@ class Ablation:
 
     outcomes: list[CellOutcome]
     """The full method first, then the cells in the order of the plan."""
+    tasks: list[EvalTask]
+    """What was measured."""
     circumstances: Circumstances
-    """Lineage is that of the first random seed."""
+    """With the lineage of every candidate, of all random seeds."""
 
 
 def run_ablation(
@@ -76,9 +79,10 @@ def run_ablation(
     study, inputs = open_study(plan, root, observe, seeds, resume)
     try:
         trained = _train(study, inputs, client_app)
-        outcomes = measured(study, trained, Measurement(study.run, study.base, inputs, Within(observe, "evaluate")))
+        scorer = Measurement(study.run, study.base, inputs, Within(observe, "evaluate"))
+        outcomes = measured(study, trained, scorer)
         study.run.ledger.append(Entry(event="finished", name=plan.name))
-        return Ablation(outcomes, _circumstances(study, outcomes))
+        return Ablation(outcomes, scorer.tasks(), circumstances(study, outcomes))
     except SeedbedError as error:
         study.run.ledger.append(Entry(event="failed", reason=error.message))
         raise
@@ -160,9 +164,9 @@ def measured(study: Study, trained: Trained, scorer: Scorer) -> list[CellOutcome
             study.observe.note(f"cell {name}, random seed {seed}: {reason}")
     if not outcomes[FULL]:
         error = next(error for (name, _), error in failures.items() if name == FULL)
+        # Not the error's own hint, which may be to lower the quorum: here all experts are needed.
         raise type(error)(
-            f"the full method failed with every random seed: {error.message}",
-            error.hint or "Mend that and continue with --resume.",
+            f"the full method failed with every random seed: {error.message}", "Mend that and continue with --resume."
         )
     return [
         CellOutcome(
@@ -184,14 +188,17 @@ def _scores_to_go(study: Study) -> set[str]:
     return keys - {path.stem for path in (study.run.root / "evaluations").glob("*.json")}
 
 
-def _circumstances(study: Study, outcomes: Sequence[CellOutcome]) -> Circumstances:
-    first = study.seeds[0]
-    names = {
-        str(outcome.seeds[first].digest): outcome.cell.name
-        for outcome in reversed(outcomes)
-        if first in outcome.seeds and outcome.seeds[first].digest
-    }
-    nodes = lineage(study.run.store, study.run.ledger, reversed(names))
+def circumstances(study: Study, outcomes: Sequence[CellOutcome]) -> Circumstances:
+    """What an ablation stands on: base, configuration, versions, and the lineage of every candidate and random seed."""
+    names: dict[str, str] = {}
+    parts: dict[str, None] = {}
+    for outcome in outcomes:
+        for seed, one in outcome.seeds.items():
+            if one.digest is not None:
+                several = f", random seed {seed}" if len(study.seeds) > 1 else ""
+                names.setdefault(one.digest, f"{outcome.cell.name}{several}")
+            parts |= dict.fromkeys(one.of)
+    nodes = lineage(study.run.store, study.run.ledger, (*names, *parts))
     return Circumstances(
         base=study.base,
         config=study.run.config.model_dump(mode="json"),

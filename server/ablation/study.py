@@ -7,25 +7,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from seedbed.common import basemodel
 from seedbed.common.config import FederationConfig
 from seedbed.common.errors import ResumeError
-from seedbed.common.files import atomic_write
 from seedbed.common.manifest import BaseIdentity
 from seedbed.common.targets import target_shapes
 from seedbed.server.ablation.cells import Group, Variant, configured, expand, groups, whole_config, with_candidates
-from seedbed.server.ablation.plan import refuse_change
+from seedbed.server.ablation.plan import PLAN, keep_plan, kept_plan, refuse_change
 from seedbed.server.ablation.values import Plan
 from seedbed.server.admission import Shapes
 from seedbed.server.federation import Federation
-from seedbed.server.inputs import Inputs, find_inputs, write_embedded
+from seedbed.server.inputs import Inputs, complete, find_inputs
 from seedbed.server.observer import Observer, Within
 from seedbed.server.rundir import RunDirectory
 from seedbed.server.workforce import Workforce
-
-PLAN = "plan.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,27 +63,27 @@ class Unit:
 
 
 def open_study(plan: Plan, root: Path, observe: Observer, seeds: Sequence[int], resume: bool) -> tuple[Study, Inputs]:
-    """Check everything that can be checked before anything is written, then open the run directory."""
+    """Check everything that can be checked before anything is written, then open the run directory.
+
+    A run that is continued may have other rows than before: whatever the old ones have made, the new ones find.
+    """
     variants = expand(plan)
     config = whole_config(plan, variants)
     found = groups(variants)
     directory = basemodel.resolve(config.base)
     shapes = {_lora(group.config): target_shapes(directory, group.config.lora) for group in found}
     inputs = [find_inputs(group.config) for group in found]
-    ready = [one for one in inputs if one is not None]
     base = basemodel.identify(directory, config.base.model)
-    before = _plan_of(root)
+    before = kept_plan(root)
     if before is not None and resume:
         refuse_change(before, plan, str(root))
-    hashes = {name: value for one in ready for name, value in one.hashes.items()}
+    hashes = {name: value for one in inputs for name, value in one.hashes.items()}
     run = RunDirectory.open(root, config, hashes, resume=resume)
     try:
-        if before is None:
-            if next(run.ledger.of("accepted", "combined"), None) is not None:
-                raise ResumeError(f"{root} is a run of another kind: it has no {PLAN}", "Name another --out.")
-            atomic_write(run.root / PLAN, (plan.model_dump_json(indent=2) + "\n").encode())
-        if not ready:
-            ready = [write_embedded(group.config, run.root / "data") for group in found]
+        if before is None and next(run.ledger.of("accepted", "combined"), None) is not None:
+            raise ResumeError(f"{root} is a run of another kind: it has no {PLAN}", "Name another --out.")
+        keep_plan(run.root, plan)
+        ready = [complete(one, group.config, run.root / "data") for one, group in zip(inputs, found, strict=True)]
     except BaseException:
         run.close()
         raise
@@ -98,17 +93,6 @@ def open_study(plan: Plan, root: Path, observe: Observer, seeds: Sequence[int], 
 
 def _lora(config: FederationConfig) -> str:
     return json.dumps(config.lora.model_dump(mode="json"), sort_keys=True)
-
-
-def _plan_of(root: Path) -> Plan | None:
-    """The plan that a directory was started with."""
-    path = root / PLAN
-    if not path.exists():
-        return None
-    try:
-        return Plan.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
-        raise ResumeError(f"{path} cannot be read", "Restore it, or name another --out.") from None
 
 
 def _union(inputs: Sequence[Inputs]) -> Inputs:

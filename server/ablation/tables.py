@@ -246,7 +246,7 @@ def cells(results: AblationResults) -> Grid:
         [
             label(results, one.cell),
             one.cell.candidate,
-            ", ".join(f"seed {seed}: {_short(digest)}" for seed, digest in one.digests.items()),
+            ", ".join(f"seed {seed}: {_short(one.cell, digest)}" for seed, digest in one.digests.items()),
             ", ".join(one.cell.changes) or "none",
         ]
         for one in results.cells.values()
@@ -255,8 +255,10 @@ def cells(results: AblationResults) -> Grid:
     return Grid("What every cell is", ["cell", "candidate", "digests", "changes"], rows, note=note)
 
 
-def _short(digest: str | None) -> str:
-    return "base model" if digest is None else digest[:DIGEST]
+def _short(cell: Cell, digest: str | None) -> str:
+    if digest is None:
+        return "base model" if cell.candidate == "base" else "from the scores of several"
+    return digest[:DIGEST]
 
 
 def _given(results: AblationResults) -> str:

@@ -78,6 +78,8 @@ class SeedOutcome(Record):
 
     digest: str | None
     """Of the candidate; none is the base model, or what is computed from the scores of several (`oracle`, `experts`)."""
+    of: tuple[str, ...] = ()
+    """Digests of those several."""
     scores: tuple[TaskResult, ...]
     """With the outcome of every example; `held_in` is with respect to the experts."""
     seen_by_seed: tuple[str, ...] = ()

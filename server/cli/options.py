@@ -22,6 +22,10 @@ Set = Annotated[
 Data = Annotated[
     Path | None, typer.Option(help="Directory with NAME.train.jsonl and NAME.test.jsonl.", show_default=False)
 ]
+LmEval = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Write MODEL/results_DATE.json in lm-eval's own format.", show_default=False),
+]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue a run; nothing finished is done again.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only, no progress.")]
 Host = Annotated[str, typer.Option(metavar="HOST[:PORT]", help="The coordinator.")]

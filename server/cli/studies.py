@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from seedbed.common.errors import ConfigError
+from seedbed.common.errors import ConfigError, TrainingError
 from seedbed.server.cli.console import command_line, observer
-from seedbed.server.cli.options import Data, Out, Quiet, Resume, Set, overrides
+from seedbed.server.cli.options import Data, LmEval, Out, Quiet, Resume, Set, overrides
 
 
 def simulate(
@@ -53,10 +53,7 @@ def evaluate(
     json_: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write the results as JSON.", show_default=False)
     ] = None,
-    lm_eval: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Write MODEL/results_DATE.json in lm-eval's own format.", show_default=False),
-    ] = None,
+    lm_eval: LmEval = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure a model, with or without an adapter, on tasks."""
@@ -66,12 +63,13 @@ def evaluate(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise ConfigError("--tasks names no task", "Give task names or JSON-lines files, separated by commas.")
-    results = evaluate_model(model, adapter, names, limit)
+    results, measured = evaluate_model(model, adapter, names, limit)
     if json_ is not None:
         write_json(json_, model, adapter, results)
     if lm_eval is not None:
         settings = {"model_args": "" if adapter is None else f"adapter={adapter}", "limit": limit}
-        Console().print(str(write_lm_eval(lm_eval, model, results, settings=settings)), highlight=False, soft_wrap=True)
+        path = write_lm_eval(lm_eval, model, results, tasks=measured, settings=settings)
+        Console().print(str(path), highlight=False, soft_wrap=True)
     if not quiet or (json_ is None and lm_eval is None):
         Console().print(results_table(results))
 
@@ -92,31 +90,47 @@ def ablate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the cells, their trainings, what is cached, the time.")
     ] = False,
+    lm_eval: LmEval = None,
     quiet: Quiet = False,
 ) -> None:
     """Find out which part of a method earns its gain: effects of removing or replacing parts, with their confidence.
 
     PLAN is seeded-lora, i-lora, controls or seeded-lora-smollm2, or a YAML file.
     """
+    from seedbed.server.ablation.cells import base_config
     from seedbed.server.ablation.plan import load_plan
 
     found = load_plan(plan, overrides(set_, data), config)
+    first = base_config(found).run.random_seed
+    random_seeds = range(first, first + seeds)
     root = out or Path("runs") / found.name
     if dry_run:
         from seedbed.server.ablation.forecast import forecast
         from seedbed.server.ablation.forecast_tables import tables
 
-        Console().print(tables(forecast(found, range(seeds), root)))
+        Console().print(tables(forecast(found, random_seeds, root)))
         return
     from seedbed.client.app import app as client_app
-    from seedbed.server.ablation.report import summary, write_ablation
+    from seedbed.server.ablation.report import failures, summary, write_ablation
     from seedbed.server.ablation.run import run_ablation
+    from seedbed.server.evaluation.lm_eval_format import write_lm_eval
 
     with observer(quiet) as observe:
-        ablation = run_ablation(found, root, client_app, observe, seeds=range(seeds), resume=resume)
+        ablation = run_ablation(found, root, client_app, observe, seeds=random_seeds, resume=resume)
     results = write_ablation(found, ablation.outcomes, root, command_line(), ablation.circumstances)
+    if lm_eval is not None:
+        for outcome in ablation.outcomes:
+            for seed, one in outcome.seeds.items():
+                settings = {"model_args": f"adapter={one.digest}" if one.digest else "", "seed": seed}
+                name = f"{outcome.cell.name}.seed-{seed}"
+                write_lm_eval(lm_eval, name, one.scores, tasks=ablation.tasks, settings=settings)
     Console().print(summary(results))
     Console().print(f"Report: {root / 'report.html'}", highlight=False)
+    if failed := failures(results):
+        raise TrainingError(
+            f"{len(failed)} of {seeds * len(results.cells)} runs of cells failed; the report compares the others",
+            "Mend what is said above, and continue with --resume.",
+        )
 
 
 def report(

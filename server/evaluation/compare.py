@@ -44,7 +44,7 @@ _NAMES: dict[str, tuple[Kind, str]] = {
     "joint": ("joint", "joint training"),
     OWN: ("reference", "each task's own expert"),
     TYPICAL: ("reference", "experts alone, mean"),
-    ORACLE: ("reference", "best expert for each task"),
+    ORACLE: ("reference", "oracle expert"),
     TUNED: ("reference", "each task's tuned expert"),
     "svd": ("merge", "mean cut to one rank"),
     "uniform": ("mixture", "uniform router"),
@@ -159,12 +159,23 @@ def _references(measured: Sequence[Measured]) -> list[Measured]:
             by_task.setdefault(score.task, []).append(score)
     own = [score for task, entry in experts.items() for score in entry.scores if score.task == task]
     typical = [mean_score(scores) for scores in by_task.values() if len(scores) == len(experts) > 1]
-    # Chosen with the answers at hand: an upper reference for everything that chooses one expert.
     best_of = [
-        max(scores, key=lambda score: score.value) for scores in by_task.values() if len(scores) == len(experts) > 1
+        oracle_score(task, scores, list(experts)) for task, scores in by_task.items() if len(scores) == len(experts) > 1
     ]
     found = ((OWN, own), (TUNED, own_tuned), (TYPICAL, typical), (ORACLE, best_of))
     return [Measured(name, scores) for name, scores in found if scores]
+
+
+def oracle_score(task: str, scores: Sequence[TaskResult], experts: Sequence[str]) -> TaskResult:
+    """One task's score of an oracle that knows the task: an upper reference for everything that chooses one expert.
+
+    On an expert's own task that expert; on others the best, chosen with the answers at hand, which favours it.
+
+    Args:
+        scores: of every expert on the task.
+        experts: their tasks, in the same order.
+    """
+    return scores[experts.index(task)] if task in experts else max(scores, key=lambda score: score.value)
 
 
 def _alone(measured: Sequence[Measured], group: str) -> dict[str, Measured]:

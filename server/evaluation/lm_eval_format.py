@@ -4,8 +4,8 @@
 
 The layout is that of lm-eval 0.4.13 (`lm_eval.evaluator.evaluate`, `EvaluationTracker.save_results_aggregated`): `results` by
 task with `METRIC,FILTER` and `METRIC_stderr,FILTER`, and beside it `configs`, `versions`, `n-shot`, `higher_is_better`,
-`n-samples`, `group_subtasks`, `config` and the name of the model. What is not known, such as the standard error of
-`acc_norm`, is `N/A`, as lm-eval has it.
+`n-samples`, `group_subtasks`, `config` and the name of the model. What is not known, such as the version of a task that is
+not at hand, is `N/A`, as lm-eval has it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 from seedbed.common.files import atomic_write
 from seedbed.common.tasks import EvalTask
 from seedbed.common.versions import software_versions
+from seedbed.server.evaluation.statistics import standard_error
 from seedbed.server.evaluation.suite import TaskResult
 
 _FILTER = "none"
@@ -105,7 +106,8 @@ def _scores(result: TaskResult) -> dict[str, Any]:
     found[f"{result.metric}_stderr,{_FILTER}"] = result.stderr
     if "acc_norm" in _metrics(result)[1:]:
         found[f"acc_norm,{_FILTER}"] = result.acc_norm
-        found[f"acc_norm_stderr,{_FILTER}"] = _UNKNOWN
+        right = round((result.acc_norm or 0.0) * result.n)  # each example is right or wrong, so the mean says all
+        found[f"acc_norm_stderr,{_FILTER}"] = standard_error([1.0] * right + [0.0] * (result.n - right))
     return found
 
 

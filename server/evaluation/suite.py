@@ -125,13 +125,16 @@ def evaluate_model(
     prompt: str = DEFAULT_PROMPT,
     *,
     on_progress: Progress | None = None,
-) -> list[TaskResult]:
+) -> tuple[list[TaskResult], list[EvalTask]]:
     """Measure a base model, with or without an adapter, on tasks by name or file.
 
     Args:
         model: `embedded`, `smollm2`, a directory, or a model id of the hub.
         adapter: a PEFT directory, or the directory of a mixture of experts.
         tasks: see `resolve_tasks`.
+
+    Returns:
+        the scores, and the tasks that they are of.
 
     Raises:
         SeedbedError: if the model, the adapter or a task cannot be read, or the adapter is of another base model.
@@ -146,7 +149,7 @@ def evaluate_model(
     found = resolve_tasks(tasks, prompt)
     lm = SeedbedLM(*load(config), batch_tokens=_BATCH_TOKENS)
     lm.set_adapter(update)
-    return evaluate(lm, found, limit=limit, on_progress=on_progress)
+    return evaluate(lm, found, limit=limit, on_progress=on_progress), found
 
 
 def _wearable(directory: Path, base: BaseIdentity) -> Adapter | Mixture:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from seedbed.common import scoring
 from seedbed.common.adapter import Adapter, LoraFactors
 from seedbed.common.errors import AdapterMismatchError, DataError
 from seedbed.common.scoring import SeedbedLM
@@ -298,3 +299,28 @@ def test_only_scored_positions_reach_the_vocabulary(model: Any, tokenizer: Any) 
     finally:
         handle.remove()
     assert shapes == [(1, 3, 320)]
+
+
+def test_a_text_of_many_tokens_goes_through_the_vocabulary_in_parts_and_through_the_model_once(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = SeedbedLM(model, tokenizer).loglikelihood_rolling(instances([(TEXT,)]))
+    monkeypatch.setattr(scoring, "LOGITS", 10 * MODEL["vocab_size"])
+    lm = SeedbedLM(model, tokenizer)
+    lm._can_branch()
+    rows: list[int] = []
+    bodies: list[int] = []
+    handles = [
+        model.lm_head.register_forward_hook(lambda _, __, output: rows.append(output.shape[1])),
+        model.model.layers[0].register_forward_hook(lambda *_: bodies.append(1)),
+    ]
+    try:
+        parts = lm.loglikelihood_rolling(instances([(TEXT,)]))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert parts == pytest.approx(whole, abs=1e-4)
+    assert max(rows) == 10
+    windows = -(-len(tokenizer.encode(TEXT)) // MODEL["max_position_embeddings"])
+    assert len(bodies) == windows < len(rows)
+    assert "forward" not in vars(model.model), "the model is as it was"

@@ -142,3 +142,33 @@ def test_killed_and_resumed_it_trains_and_measures_everything_exactly_once(plan:
     )
     assert "routing: joint" in report.stdout
     assert os.path.getsize(out / "report.md") > 100
+
+
+def test_own_tasks_over_the_embedded_model_are_tuned_and_measured_and_a_cell_that_diverges_is_told(
+    tmp_path: Path,
+) -> None:
+    data = tmp_path / "data"
+    for name, ending in (("mine", "yes"), ("yours", "no")):
+        line = json.dumps({"prompt": f"{name}?", "choices": ["yes", "no"], "label": int(ending == "no")}) + "\n"
+        for split in ("train", "test"):
+            data.mkdir(exist_ok=True)
+            (data / f"{name}.{split}.jsonl").write_text(line * 12)
+    own = {
+        **SMALL,
+        "set": ["tasks.experts=[mine, yours]", "tasks.held_out=[]", "training.steps=2", "seed.steps=1"],
+        "full": "average_tuned",
+        "rows": [{"part": "training.learning_rate", "action": "replace", "with": ["1e30"], "label": "rate"}],
+    }
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(own))
+    out, scores = tmp_path / "out", tmp_path / "scores"
+    arguments = (str(path), "--data", str(data), "--out", str(out), "--lm-eval", str(scores), "--quiet")
+    done = ablate(*arguments, "--set", "run.random_seed=7", cwd=tmp_path)
+    assert done.returncode == 8, done.stderr
+    assert "1 of 2 runs of cells failed" in done.stderr
+    assert "Failed: rate: 1e30, random seed 7:" in " ".join(done.stdout.split())
+    results = json.loads((out / "ablation.json").read_text())
+    assert {"kl", "perplexity"} <= set(results["cells"]["full"]["means"]), "measured on the embedded model's own text"
+    (document,) = (json.loads(file.read_text()) for file in scores.rglob("results_*.json"))
+    assert document["model_name"] == "full.seed-7"
+    assert document["n-samples"]["mine"] == {"original": 12, "effective": 12}

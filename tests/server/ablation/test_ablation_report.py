@@ -248,6 +248,21 @@ def test_failures_are_reported_with_their_reasons_and_stop_nothing(tmp_path: Pat
         "| part y removed | held-out accuracy | no random seed has an outcome of it and of the full method |",
     ):
         assert line in text
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(summary(results))
+    told = " ".join(console.export_text().split())
+    for sentence in ("part x removed, random seed 1: out of memory", "part y removed, random seed 0: diverged"):
+        assert f"Failed: {sentence}" in told
+
+
+def test_a_cell_without_a_digest_is_called_base_model_only_where_it_is(tmp_path: Path) -> None:
+    nothing = run(0.5).model_copy(update={"digest": None})
+    made = [outcome(name, {0: nothing, 1: nothing}) for name in ("base", "oracle")]
+    named = [one.model_copy(update={"cell": one.cell.model_copy(update={"candidate": one.cell.name})}) for one in made]
+    results = write_ablation(*small(*named), tmp_path, "")
+    told = {row[1]: row[2] for row in tables.cells(results).rows}
+    assert told["base"] == "seed 0: base model, seed 1: base model"
+    assert told["oracle"] == "seed 0: from the scores of several, seed 1: from the scores of several"
 
 
 def test_nothing_at_all_is_no_trouble(tmp_path: Path) -> None:

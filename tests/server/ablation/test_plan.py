@@ -14,7 +14,7 @@ from seedbed.common.errors import ConfigError, ResumeError
 from seedbed.server.ablation.cells import Variant, base_config, expand, groups
 from seedbed.server.ablation.forecast import forecast
 from seedbed.server.ablation.parts import canonical, leaves, removal
-from seedbed.server.ablation.plan import load_plan, parse_plan, plan_names, refuse_change
+from seedbed.server.ablation.plan import keep_plan, load_plan, parse_plan, plan_names, refuse_change
 from seedbed.server.ablation.values import Plan
 
 ITERATIVE = "{name: folded, method: iterative, of: tuned, options: {retention: 0.8, rank: 4}}"
@@ -133,6 +133,25 @@ def test_the_full_method_under_another_name_is_marked() -> None:
     assert [variant.cell.is_full for variant in found.values()] == [False, True, False]
 
 
+def test_rows_that_both_pass_through_the_full_method_have_each_its_point() -> None:
+    low = {"label": "low", "part": "seed_fraction", "action": "replace", "with": [0.05, 0.1]}
+    high = {"label": "high", "part": "seed_fraction", "action": "replace", "with": [0.1, 0.3]}
+    names = ["seed.fraction=0.05", "seed.fraction=0.1 (low)", "seed.fraction=0.1 (high)", "seed.fraction=0.3"]
+    assert list(cells(low, high)) == ["full", *names]
+    assert set(cells(high, low)) == {"full", *names}
+    assert [variant.cell.is_full for variant in cells(low, high).values()] == [False, False, True, True, False]
+    with pytest.raises(ConfigError, match=r"'seed.fraction=0.1' in row 'low' is the same as"):
+        cells({**low, "with": [0.1, 0.1]})
+
+
+def test_a_number_that_yaml_reads_as_text_is_a_point_of_a_curve() -> None:
+    found = cells({"part": "training.learning_rate", "action": "replace", "with": ["2e-3", "1e-4"]})
+    assert [(one.cell.number, one.config.training.learning_rate) for one in found.values()][1:] == [
+        (0.002, 0.002),
+        (0.0001, 0.0001),
+    ]
+
+
 def test_a_cells_changes_alone_make_its_configuration_again() -> None:
     rows = [
         {"part": "experts", "action": "replace", "with": [2]},
@@ -239,7 +258,7 @@ def _refusal(path: str) -> str:
         return error.message
 
 
-def test_a_changed_plan_is_not_resumed_and_what_changed_is_said() -> None:
+def test_another_full_method_is_not_resumed_and_what_changed_is_said() -> None:
     pair = {"part": ["of", "kl_loss"], "action": "replace", "with": [{"of": "tuned", "kl_loss": 0}]}
     whole = plan(ROW, pair)
     refuse_change(Plan.model_validate_json(whole.model_dump_json()), whole, "runs/p")
@@ -247,11 +266,35 @@ def test_a_changed_plan_is_not_resumed_and_what_changed_is_said() -> None:
     for now, sentence in (
         (plan(ROW, full="ties"), "full was 'average' and is 'ties'"),
         (plan(ROW, changes=["training.steps=5"]), "then training.steps=5 was not set"),
-        (plan(ROW, {"part": "order", "action": "replace", "with": [1]}), "row 'order' was added"),
-        (plan({**ROW, "metrics": ["task_performance"]}), "row 'seed.mode' has changed"),
+        (plan(ROW, name="q"), "name was 'p' and is 'q'"),
     ):
         with pytest.raises(ResumeError, match=sentence):
             refuse_change(before, now, "runs/p")
+
+
+def test_rows_may_come_and_go_between_two_runs() -> None:
+    before = plan(ROW)
+    refuse_change(before, plan(ROW, {"part": "order", "action": "replace", "with": [1]}), "runs/p")
+    refuse_change(before, plan({**ROW, "metrics": ["task_performance"]}), "runs/p")
+
+
+def test_a_forecast_counts_nothing_of_a_directory_that_another_plan_made(tmp_path: Path) -> None:
+    (tmp_path / "ledger.jsonl").write_text('{"event": "accepted", "key": "k", "digest": "d", "seconds": 9.0}\n')
+    keep_plan(tmp_path, plan(ROW))
+    same, other = (forecast(plan(ROW, name=name), [0], tmp_path) for name in ("p", "q"))
+    assert (same.measured, same.other) == (True, "")
+    assert not other.measured
+    assert "name was 'p' and is 'q'" in other.other
+
+
+def test_a_forecast_counts_merges_and_routers_by_kind() -> None:
+    found = forecast(plan(ROW, {"part": "routing", "action": "replace", "with": ["uniform", "ties"]}), [0, 1])
+    # For each random seed: one mean of the seed's first adapters, average with and without a seed, ties, and a router.
+    assert [(row.kind, row.distinct, row.cached) for row in found.combined] == [
+        ("mean of the seed", 2, 0),
+        ("merge", 6, 0),
+        ("router", 2, 0),
+    ]
 
 
 def test_a_file_may_name_a_configuration_that_lies_beside_it(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from seedbed.common.storage import read_adapter
 from seedbed.server.ablation.artifacts import Graph, candidate_digest, walk
 from seedbed.server.ablation.cells import configured, expand, groups, whole_config
 from seedbed.server.ablation.plan import parse_plan
-from seedbed.server.ablation.run import Trained, measured, trained_by
+from seedbed.server.ablation.run import Trained, circumstances, measured, trained_by
 from seedbed.server.ablation.study import Study
 from seedbed.server.ablation.values import CellOutcome, Plan
 from seedbed.server.combination import Combination
@@ -314,10 +314,22 @@ def test_references_are_computed_from_experts_alone(tmp_path: Path) -> None:
     strong: Fault = lambda job, store: done(job, put(store, job, adapter(15.0)))  # noqa: E731
     _, (_, alone, oracle) = conduct(found, Village(found.run.root / "store", {"expert:a": strong}))
     values = [{score.task: score.value for score in cell.seeds[0].scores} for cell in (alone, oracle)]
-    # Own tasks by their own experts (15, 7, 7, 7), others by their mean of 9; or every task by the best.
+    # Own tasks by their own experts (15, 7, 7, 7), others by their mean of 9, or by the best of them.
     assert values[0] == pytest.approx({"a": 0.15, "b": 0.08, "c": 0.09, "d": 0.1, "x": 0.13, "y": 0.14})
-    assert values[1] == pytest.approx({"a": 0.15, "b": 0.16, "c": 0.17, "d": 0.18, "x": 0.19, "y": 0.2})
+    assert values[1] == pytest.approx({"a": 0.15, "b": 0.08, "c": 0.09, "d": 0.1, "x": 0.19, "y": 0.2})
     assert (alone.seeds[0].digest, alone.seeds[0].trainings) == (None, 8)
+
+
+def test_the_lineage_reaches_from_every_candidate_of_every_random_seed_to_its_first_adapters(tmp_path: Path) -> None:
+    rows = [{"part": "candidate", "action": "replace", "with": ["individual", "base"]}]
+    found = study(make_plan(tmp_path, rows), tmp_path, seeds=(0, 1))
+    _, outcomes = conduct(found, Village(found.run.root / "store"))
+    nodes = circumstances(found, outcomes).lineage
+    # For each random seed: four seeds and their mean, four experts and their average, four experts of their own.
+    assert Counter(node.kind for node in nodes) == {"seed": 10, "expert": 16, "merge": 2}
+    assert {node.name for node in nodes if node.kind == "merge"} == {"full, random seed 0", "full, random seed 1"}
+    trained = {entry.digest for entry in found.run.ledger.of("accepted")}
+    assert trained <= {node.digest for node in nodes}
 
 
 def test_lora_per_task_stands_on_unseeded_experts(tmp_path: Path) -> None:

@@ -108,7 +108,8 @@ def test_no_tasks_give_no_scores(lm: SeedbedLM) -> None:
 
 def test_evaluating_a_model_from_files_and_writing_it_as_json(tmp_path: Path) -> None:
     path = write(tmp_path / "sums.test.jsonl", questions([0, 1, 0, 1]))
-    results = evaluate_model("embedded", None, [str(path)], 3)
+    results, tasks = evaluate_model("embedded", None, [str(path)], 3)
+    assert [len(task.task.eval_docs) for task in tasks] == [4]
     write_json(tmp_path / "out.json", "embedded", None, results)
     document = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
     assert document["model"] == "embedded"
