@@ -22,7 +22,7 @@ from torch import Tensor
 from seedbed.common.adapter import LoraFactors
 from seedbed.common.checks import require_finite
 from seedbed.common.compression import Quantized
-from seedbed.common.errors import AdapterFormatError, AdapterMismatchError
+from seedbed.common.errors import AdapterFormatError, AdapterMismatchError, NonFiniteError
 from seedbed.common.files import storing
 from seedbed.common.manifest import BaseIdentity, Manifest
 from seedbed.common.peft_config import PeftConfig, parse_peft_config
@@ -32,6 +32,7 @@ TENSORS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", 
 FILES = (TENSORS, CONFIG, MANIFEST)
 PREFIX = "base_model.model."
 _KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.int8|(\.(?!weight$)[^.]+)?\.weight)$")
+_FROZEN = re.compile(r"^(?P<module>.+)\.base_layer\.weight$")
 _INT8, _SCALE = ".int8", ".scale"
 _JSON_LIMIT = 20_000_000
 _LONGEST_KEY = 200
@@ -97,6 +98,12 @@ class AdapterFile:
         return self.claimed or self._found
 
     @property
+    def task_type(self) -> str | None:
+        """PEFT's, as the configuration has it."""
+        found = self.config.get("task_type")
+        return found if isinstance(found, str) else None
+
+    @property
     def names(self) -> KeysView[str]:
         """Names of the adapted modules, sorted."""
         return self._keys.keys()
@@ -124,7 +131,10 @@ class AdapterFile:
         dtype = self.dtype(module)
         A, B = (self._expanded(self._keys[module][factor]).to(dtype) for factor in "AB")
         factors = LoraFactors(A, B, self.scaling(module))
-        require_finite(module, factors)
+        try:
+            require_finite(module, factors)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{self.directory}: {error.message}", error.hint) from None
         return factors
 
     def read_part(self, module: str, factor: Literal["A", "B"], start: int, into: Tensor) -> None:
@@ -252,6 +262,9 @@ def _pair_keys(tensors: TensorFile) -> dict[str, dict[str, str]]:
     for key in tensors.names:
         if key.endswith(_SCALE) and f"{key.removesuffix(_SCALE)}{_INT8}" in tensors:
             continue  # see `_scale_keys`
+        frozen = _FROZEN.match(key)
+        if frozen is not None and f"{frozen['module']}.lora_A.weight" in tensors:
+            continue  # PEFT puts the frozen weight of an adapted output head beside its factors
         match = _KEY.match(key)
         if match is None:
             raise AdapterFormatError(

@@ -19,7 +19,7 @@ from seedbed.common.compression import INT8, Quantized
 from seedbed.common.errors import AdapterFormatError, NonFiniteError
 from seedbed.common.files import new_directory, write_file
 from seedbed.common.manifest import BaseIdentity, Kind, Manifest
-from seedbed.common.peft_config import make_peft_config
+from seedbed.common.peft_config import CAUSAL, make_peft_config
 from seedbed.common.tensor_writer import KINDS, TensorWriter
 from seedbed.common.versions import software_versions
 
@@ -142,6 +142,7 @@ class AdapterWriter:
         metrics: Mapping[str, float] | None = None,
         versions: Mapping[str, str] | None = None,
         base_model_name_or_path: str | None = None,
+        task_type: str | None = CAUSAL,
     ) -> Manifest:
         """Write configuration and manifest; arguments and result are those of `write_adapter`.
 
@@ -151,7 +152,7 @@ class AdapterWriter:
         require_finite_metrics(metrics or {})
         adapter = Adapter(self._shapes)
         path = base.name if base_model_name_or_path is None else base_model_name_or_path
-        configuration = _json_bytes(make_peft_config(adapter, path))
+        configuration = _json_bytes(make_peft_config(adapter, path, task_type))
         manifest = Manifest(
             kind=kind,
             base=base,

@@ -208,7 +208,10 @@ def normalized(weights: Sequence[float] | None, count: int) -> list[float]:
     _checked(weights, count)
     if min(weights) < 0:
         raise ConfigError(f"weight {min(weights)} is negative", "A mean takes weights of 0 or more.")
-    total = math.fsum(weights)
+    try:
+        total = math.fsum(weights)
+    except OverflowError:
+        raise ConfigError("the weights are too large to be added", "Give weights such as 1 and 2.") from None
     if total == 0:
         raise ConfigError("all weights are zero", "Give at least one weight above 0.")
     return [weight / total for weight in weights]

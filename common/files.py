@@ -6,6 +6,7 @@ leaves behind has a name that begins with `.tmp-`, and nothing believes it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -82,6 +83,7 @@ def new_directory(path: Path) -> Iterator[Path]:
     """
     _require_absent(path)
     with storing("write", path):
+        made = [parent for parent in path.parents if not parent.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = temporary_beside(path)
         try:
@@ -90,8 +92,12 @@ def new_directory(path: Path) -> Iterator[Path]:
             sync_directory(aside)
             _require_absent(path)
             os.rename(aside, path)
-        finally:
+        except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
+            with contextlib.suppress(OSError):  # in use by another by now
+                for parent in made:
+                    parent.rmdir()
+            raise
         sync_directory(path.parent)
 
 

@@ -34,7 +34,7 @@ def require_quick(text: str) -> bool:
         re.error: if `text` is no regular expression, or one that could take for ever.
     """
     if len(text) > LONGEST:
-        raise re.error(f"longer than {LONGEST} characters")
+        raise re.error(f"it is longer than {LONGEST} characters")
     repeats, ways = 0, 1
     for code, argument in _walk(parser.parse(text)):
         if code in _REPEATS:
@@ -44,15 +44,17 @@ def require_quick(text: str) -> bool:
                 continue
             repeats += 1
             if len(body) != 1 or body[0][0] not in _SINGLE:
-                raise re.error("only single characters may be repeated")
+                raise re.error("it repeats more than a single character, which could take for ever")
         elif code is codes.BRANCH:
             ways *= len(argument[1])
         elif code not in _PLAIN:
-            raise re.error(f"{str(code).lower()} is not needed for names of modules")
+            raise re.error(f"it has {str(code).lower()}, which names of modules do not need")
     if repeats > MOST_REPEATS:
-        raise re.error(f"{repeats} repeats, at most {MOST_REPEATS} are matched")
+        raise re.error(f"it has {repeats} repeats, and more than {MOST_REPEATS} could take for ever")
     if ways > MOST_WAYS[repeats]:
-        raise re.error(f"{ways:,} ways to choose among its alternatives, at most {MOST_WAYS[repeats]} are tried")
+        raise re.error(
+            f"it has {ways:,} ways to choose among its alternatives, and at most {MOST_WAYS[repeats]} are tried"
+        )
     return repeats == 0 and ways == 1
 
 

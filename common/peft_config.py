@@ -36,6 +36,7 @@ _REFUSED_IF_SET: Mapping[str, str] = {
     "kasa_config": "is a KaSA adapter",
     "monteclora_config": "is a MonteCLoRA adapter",
 }
+CAUSAL = "CAUSAL_LM"
 _WEIGHT_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 
@@ -99,18 +100,19 @@ def refuse_other_than_lora(values: Mapping[str, Any], source: str) -> None:
         raise AdapterFormatError(f"{source}: initialization {init} changes the base model's weights", _INIT)
 
 
-def make_peft_config(adapter: Adapter, base_name: str) -> dict[str, Any]:
+def make_peft_config(adapter: Adapter, base_name: str, task_type: str | None = CAUSAL) -> dict[str, Any]:
     """The ``adapter_config.json`` under which PEFT computes exactly this adapter.
 
     The most frequent rank and alpha are the defaults, other modules have patterns; each alpha is ``scaling · rank``.
+    `task_type` is PEFT's, and decides which of its model classes loads the adapter; none is a plain module.
     """
     ranks = {name: factors.rank for name, factors in adapter.items()}
     alphas = {name: _simple(factors.scaling * factors.rank) for name, factors in adapter.items()}
-    config = _config(ranks, alphas, base_name, lambda name: name)
+    config = _config(ranks, alphas, base_name, lambda name: name) | {"task_type": task_type}
     parsed = parse_peft_config(config, "adapter_config.json")
     if any(not _same(parsed, name, adapter) for name in adapter):
         # One module's name is the end of another's: anchor the patterns.
-        config = _config(ranks, alphas, base_name, lambda name: f"^{re.escape(name)}")
+        config |= _config(ranks, alphas, base_name, lambda name: f"^{re.escape(name)}")
     return config
 
 
@@ -134,7 +136,6 @@ def _config(
         "rank_pattern": {pattern(name): value for name, value in ranks.items() if value != rank},
         "revision": None,
         "target_modules": sorted(ranks),
-        "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
     }
@@ -187,7 +188,10 @@ def _patterns(
             costly += not require_quick(text)
             pattern = re.compile(rf"(.*\.)?({text})$")
         except (re.error, OverflowError, RecursionError) as error:
-            raise AdapterFormatError(f"{source}: {key} holds {text!r}, no regular expression: {error}") from None
+            raise AdapterFormatError(
+                f"{source}: {key} holds {text!r}, which is not matched: {error}",
+                "Name the modules one by one, or with fewer repeats and alternatives.",
+            ) from None
         if not _is_number(value, valid):
             raise AdapterFormatError(f"{source}: {key} gives {value!r} for {text}, which makes no sense")
         compiled.append((pattern, float(value)))

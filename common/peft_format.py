@@ -21,6 +21,7 @@ from seedbed.common.checks import require_base
 from seedbed.common.compression import quantized
 from seedbed.common.errors import AdapterMismatchError
 from seedbed.common.manifest import BaseIdentity, Kind, Manifest
+from seedbed.common.peft_config import CAUSAL
 
 
 def read_adapter(
@@ -70,6 +71,7 @@ def write_adapter(
     metrics: Mapping[str, float] | None = None,
     versions: Mapping[str, str] | None = None,
     base_model_name_or_path: str | None = None,
+    task_type: str | None = CAUSAL,
     int8: bool = False,
 ) -> Manifest:
     """Write a new PEFT directory, aside and then renamed, so that it is whole or not there.
@@ -78,6 +80,7 @@ def write_adapter(
         directory: must not exist.
         adapter: at least one module, of ranks 1 or more.
         base_model_name_or_path: what PEFT should load as the base model; the base's name if not given.
+        task_type: PEFT's name of what the adapter does.
         int8: in Seedbed's own quantized form instead, which `read_adapter` expands and PEFT does not know.
         kind, base, parents, task, recipe, settings, metrics, versions: as in the manifest; versions are those of the
             installed software if not given.
@@ -100,6 +103,7 @@ def write_adapter(
         "metrics": metrics,
         "versions": versions,
         "base_model_name_or_path": base_model_name_or_path,
+        "task_type": task_type,
     }
     if int8:
         with new_adapter(directory, sorted(adapter), int8=True) as new:
@@ -136,4 +140,5 @@ def expand_adapter(source: Path, directory: Path) -> Manifest:
         task=manifest.task,
         settings={"expanded_from": manifest.digest},
         base_model_name_or_path=str(file.config.get("base_model_name_or_path") or manifest.base.name),
+        task_type=file.task_type,
     )

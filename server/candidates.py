@@ -115,6 +115,17 @@ def _check(candidate: Candidate, config: FederationConfig) -> None:
         candidate.routing.require(experts)
     if candidate.options is not None and needs_seed(candidate.options) and config.seed.mode == "none":
         raise ConfigError(f"{where} needs the seed, but seed.mode is 'none'", "Leave out task_scale and include_seed.")
+    if candidate.options is not None and needs_seed(candidate.options) and candidate.of == "unseeded":
+        raise ConfigError(
+            f"{where} refers to a seed that unseeded experts have not", "Leave out task_scale and include_seed."
+        )
+    rank = getattr(candidate.options, "rank", None)
+    whole = experts * config.lora.rank
+    if candidate.method is not None and candidate.method.within_inputs and rank is not None and rank > whole:
+        raise ConfigError(
+            f"{where}: expected a rank from 1 to {whole}, which is what the experts have together, got {rank}",
+            "Use 'average' to keep everything.",
+        )
 
 
 def needs_seed(options: Options) -> bool:

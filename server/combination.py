@@ -99,11 +99,16 @@ class Combiner:
         return found
 
     def _attempt(self, candidate: Candidate, parts: Parts) -> list[Combination]:
-        """As `_candidate`; what a contribution makes impossible, such as means of factors of other ranks, is left out."""
+        """As `_candidate`; what became impossible on the way is left out.
+
+        A contribution may have another rank than means of factors take; with experts missing, there may be fewer than a
+        router's `top_k`.
+        """
         try:
             return self._candidate(candidate, parts)
         except (AdapterMismatchError, ConfigError) as error:
-            if not parts.contributed:
+            fewer = len(parts.groups.get(candidate.of, {})) < len(self.run.config.tasks.experts)
+            if not parts.contributed and not fewer:
                 raise
             self.run.ledger.quarantine("candidate", candidate.name, error.message)
             self.observe.note(f"no candidate '{candidate.name}': {error.message}")
@@ -162,6 +167,7 @@ class Combiner:
         assert candidate.routing is not None
         if candidate.routing.kind == "molora":
             return parts.alone[molora_job(candidate)]
+        candidate.routing.require(len(group))
         if candidate.name in parts.routers:
             return self.mixer.averaged(candidate, group, parts.routers[candidate.name])
         return self.mixer.computed(candidate, group)

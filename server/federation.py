@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from seedbed.common.config import Group, SeedSettings
+from seedbed.common.errors import ConfigError
 from seedbed.common.events import Event
 from seedbed.common.jobs import Job, JobResult
 from seedbed.common.manifest import BaseIdentity
+from seedbed.common.routing.settings import RouterSettings
 from seedbed.server.admission import Admission, Shapes
 from seedbed.server.candidates import Candidate
 from seedbed.server.cohort import outliers, standings
@@ -173,6 +175,8 @@ class Federation:
         gates: dict[Group, dict[str, str]] = {}
         for candidate in self.planner.candidates:
             experts = parts.trained_here(candidate.of)
+            if candidate.routing is not None and not _possible(candidate.routing, len(experts)):
+                continue  # experts are missing; `Combiner.combine` says so
             if candidate.trains_gates:
                 if candidate.of not in gates:
                     gates[candidate.of] = self._gates(candidate.of, experts)
@@ -203,6 +207,14 @@ class Federation:
     def node_for(self, job: Job) -> int | None:
         """See `Stages.node_for`."""
         return self.stages.node_for(job)
+
+
+def _possible(routing: RouterSettings, experts: int) -> bool:
+    try:
+        routing.require(experts)
+    except ConfigError:
+        return False
+    return True
 
 
 def _by_task(done: Mapping[str, str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,9 @@ class ConstantGate(Gate):
 class ScoreGate(Gate, ABC):
     """A softmax of scores, which a subclass computes."""
 
+    ties: ClassVar[bool] = False
+    """See `probabilities`."""
+
     def __init__(self, settings: RouterSettings) -> None:
         super().__init__()
         self.top_k, self.temperature = settings.top_k, settings.temperature
@@ -77,12 +81,13 @@ class ScoreGate(Gate, ABC):
         """From ``products = x · rowsᵀ [..., N]``."""
 
     def forward(self, x: Tensor, project: Project = F.linear) -> Tensor:
-        return probabilities(self.scores(x, project(x, self.rows())), self.top_k, self.temperature)
+        return probabilities(self.scores(x, project(x, self.rows())), self.top_k, self.temperature, ties=self.ties)
 
 
 class LearnedGate(ScoreGate):
     """``W x + b``; zeros, from which training starts, give every expert the same."""
 
+    ties = True
     weight: Tensor
     bias: Tensor
 
@@ -190,15 +195,20 @@ def make_gate(
     return LearnedGate(settings, own["weight"], own["bias"], trainable=trainable)
 
 
-def probabilities(scores: Tensor, top_k: int | None, temperature: float) -> Tensor:
+def probabilities(scores: Tensor, top_k: int | None, temperature: float, *, ties: bool = True) -> Tensor:
     """Softmax of ``scores / temperature [..., N]`` over the k largest, zero elsewhere.
 
-    Experts that tie with the k-th stay: which of them would go is nothing that the input says, and a gate that starts
-    from zeros must start uniform and give every expert a gradient.
+    Args:
+        ties: whether experts that tie with the k-th stay, as they must in a gate that starts from zeros: it must start
+            uniform and give every expert a gradient. Else exactly k take part; where experts that lack the module
+            (whose scores are zero) fill the places, which of them do changes nothing.
     """
     if temperature != 1.0:
         scores = scores / temperature
     if top_k is not None and top_k < scores.shape[-1]:
+        if not ties:
+            largest, places = scores.topk(top_k, dim=-1)
+            return torch.zeros_like(scores).scatter(-1, places, largest.softmax(-1))
         least = scores.detach().topk(top_k, dim=-1).values[..., -1:]
         scores = scores.masked_fill(scores < least, -math.inf)
     return scores.softmax(-1)

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import model_validator
 
+from seedbed.common.algebra import normalized
 from seedbed.common.errors import ConfigError, nearest
 from seedbed.common.manifest import Record
 
@@ -39,8 +40,8 @@ class RouterSettings(Record):
     trained for each expert alone. `sequence`: the mean of another router's probabilities over the sequence so far. `oracle`:
     one expert, chosen by hand."""
     top_k: int | None = None
-    """Only the k likeliest experts of a token take part (and those that tie with the last of them), renormalized; none is
-    all, and 2 for `phatgoose`, as published."""
+    """Only the k likeliest experts of a token take part, renormalized (under `learned` and `molora` also those that tie with
+    the last of them); none is all, and 2 for `phatgoose`, as published, or all where there are fewer."""
     temperature: float = 1.0
     """Scores are divided by it."""
     weights: tuple[float, ...] | None = None
@@ -78,6 +79,10 @@ class RouterSettings(Record):
             )
         if self.weights is not None and self.base != "uniform":
             raise ConfigError(f"router '{self.kind}' takes no weights", "Weights belong to the router 'uniform'.")
+        if self.weights is not None:
+            normalized(self.weights, len(self.weights))
+        if self.top_k is not None and self.base in CONSTANT:
+            raise ConfigError(f"router '{self.kind}' takes no top_k: it ranks no experts", "Leave it out.")
         return self
 
     @property
@@ -91,7 +96,7 @@ class RouterSettings(Record):
         Raises:
             ConfigError: if `top_k` or `expert` is beyond them, or there are not as many weights.
         """
-        if self.top_k is not None and self.top_k > count:
+        if self.top_k is not None and self.top_k > max(count, _DEFAULT_TOP_K.get(self.base, 0)):
             raise ConfigError(
                 f"top_k {self.top_k} of the router is larger than the number of experts, {count}",
                 f"Use {count} or less, or leave it out to use all.",

@@ -102,6 +102,7 @@ def change_average(
             recipe=recipe_hash({"merge": settings, "parents": list(parents)}),
             settings=settings,
             base_model_name_or_path=str(average.file.config.get("base_model_name_or_path") or base.name),
+            task_type=average.file.task_type,
         )
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from seedbed.common.adapter import LoraFactors
+from seedbed.common.adapter_file import dtype_name
 from seedbed.common.adapter_writer import AdapterWriter, new_adapter
-from seedbed.common.errors import StorageError
+from seedbed.common.errors import NonFiniteError, StorageError
 from seedbed.common.manifest import Kind, Manifest, recipe_hash
 from seedbed.server.adapters.layout import Blocks, blocks_of, encode_ranks
 from seedbed.server.adapters.plan import MergePlan, plan_merge
@@ -67,12 +68,23 @@ def write_merged(plan: MergePlan, out: Path, *, kind: Kind = "merge", progress: 
             write_average(new, plan, blocks, progress)
         else:
             for name, merged in plan.modules(names):
-                new.add(name, merged)
+                _add(new, name, merged)
                 if progress is not None:
                     progress(name, len(names))
         parents = plan.digests()
         settings = plan.settings() | ({"ranks": encode_ranks(blocks)} if blocks else {})
         return finish_merge(new, plan, parents, settings, kind)
+
+
+def _add(new: AdapterWriter, name: str, merged: LoraFactors) -> None:
+    """Inputs were looked at as they were read: what is not finite now is the merge's doing."""
+    try:
+        new.add(name, merged)
+    except NonFiniteError:
+        raise NonFiniteError(
+            f"module {name}: the result is beyond the numbers of {dtype_name([merged.A.dtype])}",
+            "Write it in a wider dtype (--dtype float32), or use smaller weights or options.",
+        ) from None
 
 
 def finish_merge(
@@ -86,6 +98,7 @@ def finish_merge(
         recipe=recipe_hash({"merge": settings, "parents": list(parents)}),
         settings=settings,
         base_model_name_or_path=plan.base_path(),
+        task_type=plan.task_type(),
     )
 
 

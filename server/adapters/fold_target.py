@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from seedbed.common.errors import AdapterMismatchError, ModelError, nearest
+from seedbed.common.errors import AdapterMismatchError, ModelError
 from seedbed.common.files import storing
 
 
@@ -50,10 +51,15 @@ class Architecture:
             ModelError: if its weight is not in the files.
         """
         if module not in self.modules:
-            raise AdapterMismatchError(f"the base model has no module '{module}'", nearest(module, self.modules))
+            linear = [name for name, kind in self.modules.items() if _is_linear(kind)]
+            close = difflib.get_close_matches(module, linear, n=1, cutoff=0.8)
+            raise AdapterMismatchError(
+                f"the base model has no module '{module}'{f', but {close[0]!r}' if close else ''}",
+                "Use the base model that the adapters were trained on; only causal language models are folded.",
+            )
         found = self.modules[module]
         transposed = type(found).__name__ == "Conv1D"
-        if not transposed and not isinstance(found, nn.Linear):
+        if not _is_linear(found):
             raise AdapterMismatchError(
                 f"module '{module}' of the base model is not a linear layer ({type(found).__name__})",
                 "Only updates of linear layers are folded.",
@@ -88,12 +94,20 @@ def architecture_of(directory: Path) -> Architecture:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"transformers cannot build the model in {directory}: {error}", "Check it.") from None
+        reason = str(error).split("\n")[0].split(". ")[0][:200]
+        raise ModelError(
+            f"transformers cannot build a causal language model from {directory}: {reason}",
+            "Only causal language models are folded; load others with PEFT and merge_and_unload().",
+        ) from None
     names = {id(module): name for name, module in model.named_modules()}
     head = names.get(id(model.get_output_embeddings()), "")
     embeddings = names.get(id(model.get_input_embeddings()), "")
     tied = bool(getattr(model.config, "tie_word_embeddings", False)) and bool(head)
     return Architecture(config, dict(model.named_modules()), head, embeddings, tied)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _stored(name: str, tensors: Mapping[str, tuple[int, ...]]) -> str:

@@ -124,6 +124,11 @@ def _change(request: MergeRequest, out: Path, console: Console, notes: Console) 
         )
     told = [f"{len(request.without)} taken out"] if request.without else []
     told += [f"{len(request.added)} added"] if request.added else []
+    if manifest.dtype != "float32" and request.without:
+        _note(
+            notes,
+            [f"Where weights differ, a result in {manifest.dtype} is equal to averaging anew up to its rounding."],
+        )
     size = f"rank {manifest.rank}, {manifest.modules} modules, {manifest.dtype}"
     _say(console, f"average of {_count(len(manifest.parents))}, {', '.join(told)}: {out} ({size})")
 
@@ -159,8 +164,8 @@ def parse_options(texts: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--opt {key.strip()} is given twice", "Give it once.")
         try:
             found[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"--opt {text!r}: the value is not YAML", "Example: --opt density=0.3") from None
+        except (yaml.YAMLError, ValueError, RecursionError):  # a date that there is not; too deep
+            raise ConfigError(f"--opt {text[:60]!r}: the value is not YAML", "Example: --opt density=0.3") from None
     return found
 
 

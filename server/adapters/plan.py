@@ -29,8 +29,6 @@ from seedbed.server.merging.method import seed_update
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
-_WITHIN_INPUTS = ("svd",)
-"""Methods whose result cannot have a larger rank than the inputs have together."""
 _CUT_TO_FIT = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Methods whose result is dense, and cut only so that it is an adapter."""
 
@@ -53,16 +51,22 @@ class MergePlan:
     @property
     def names(self) -> list[str]:
         """All modules, in the order of the result's file."""
-        names = {name for file in self.files for name in file.names}
+        names = {name for file in self._opened for name in file.names}
         return file_order({name: self.dtype_of(name) for name in names})
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Of the module in the result."""
         return self.dtype or reduce(torch.promote_types, (file.dtype(name) for file in self.holders(name)))
 
+    @property
+    def _opened(self) -> list[AdapterFile]:
+        """All adapters, and the seed last if it takes part."""
+        return [*self.files, *([self.seed] if self.seed else [])]
+
     def holders(self, name: str) -> list[AdapterFile]:
-        """The adapters that have a module."""
-        return [file for file in self.files if name in file.names]
+        """The adapters that have a module, or the seed where it alone has it."""
+        found = [file for file in self.files if name in file.names]
+        return found or [file for file in self._opened if name in file.names]
 
     def modules(self, names: Sequence[str]) -> Iterator[tuple[str, LoraFactors]]:
         """Merge these modules, one after the other.
@@ -71,7 +75,7 @@ class MergePlan:
             AdapterError: if an input is damaged or does not suit the method.
             ConfigError: if an option needs a seed and there is none.
         """
-        opened = [*self.files, *([self.seed] if self.seed else [])]
+        opened = self._opened
         later = deque(names[1:])
         with ThreadPoolExecutor(1, "read") as reader, ThreadPoolExecutor(1, "sha256") as hasher:
             reading = reader.submit(self._read, names[0]) if names else None
@@ -99,7 +103,7 @@ class MergePlan:
         Raises:
             AdapterMismatchError: if an input's tensors are not those that its manifest vouches for.
         """
-        return tuple(file.manifest.digest for file in (*self.files, *([self.seed] if self.seed else [])))
+        return tuple(file.manifest.digest for file in self._opened)
 
     def settings(self) -> dict[str, Any]:
         """What is written into the result's manifest."""
@@ -119,6 +123,10 @@ class MergePlan:
         stated = (str(file.config.get("base_model_name_or_path") or "") for file in self.files)
         return next((path for path in stated if path), self.base.name)
 
+    def task_type(self) -> str | None:
+        """PEFT's name of what the inputs do: as it stands in the first that says it."""
+        return next((file.task_type for file in self.files if file.task_type), None)
+
     def notes(self) -> list[str]:
         """What a user must know of the result, in sentences."""
         notes = [self.method.warning] if self.method.warning else []
@@ -128,9 +136,6 @@ class MergePlan:
             told = [f"{file.directory.name} lacks {_briefly(missing)} of {len(names)}" for file, missing in lacking[:3]]
             more = f", and {len(lacking) - 3} more adapters lack some" if len(lacking) > 3 else ""
             notes.append(f"Modules that an adapter lacks are counted as zero: {'; '.join(told)}{more}.")
-        surplus = sorted(set(self.seed.names) - names) if self.seed else []
-        if surplus:
-            notes.append(f"No adapter has {_briefly(surplus)} of the seed's modules: left out.")
         return notes
 
     def _read(self, name: str) -> tuple[list[LoraFactors | None], LoraFactors | None]:
@@ -221,21 +226,24 @@ def _options(row: Method, rank: int | None, values: Mapping[str, Any], files: Se
         )
     if rank is not None and "rank" in values:
         raise ConfigError("the rank is given twice, as --rank and as --opt rank", "Give it once.")
-    given = values.get("rank") if rank is None else rank
-    if type(given) is int and row.takes_rank:
+    whole = {**values, **({"rank": rank} if rank is not None else {})}
+    asked = whole.get("rank")
+    # A number below 1 is no option, but the sentence about the ranks that there are says more.
+    given = asked if type(asked) is int else getattr(row.parse(whole), "rank", None)
+    if given is not None:
         largest = max(_largest_rank(row, name, files) for name in {name for file in files for name in file.names})
         if not 1 <= given <= largest:
-            reason = "which is what the inputs have together" if row.name in _WITHIN_INPUTS else "as modules have"
+            reason = "which is what the inputs have together" if row.within_inputs else "as modules have"
             raise ConfigError(
                 f"expected a rank from 1 to {largest}, {reason}, got {given}", "Use 'average' to keep everything."
             )
-    return row.parse({**values, **({"rank": rank} if rank is not None else {})})
+    return row.parse(whole)
 
 
 def _largest_rank(row: Method, name: str, files: Sequence[AdapterFile]) -> int:
     holders = [file for file in files if name in file.names]
     full = min(holders[0].shape(name))
-    return min(sum(file.rank(name) for file in holders), full) if row.name in _WITHIN_INPUTS else full
+    return min(sum(file.rank(name) for file in holders), full) if row.within_inputs else full
 
 
 def _needed_seed(row: Method, options: Options, seed: AdapterFile | None) -> AdapterFile | None:

@@ -78,6 +78,9 @@ def _one_thread() -> Iterator[None]:
 
 def _write_module(new: AdapterWriter, plan: MergePlan, name: str, ranks: Sequence[int], room: _Room) -> None:
     used = [(file, weight) for file, weight, rank in zip(plan.files, plan.weights, ranks, strict=True) if rank]
+    for file in plan.holders(name):
+        if all(file is not one for one, _ in used):
+            file.factors(name)  # of weight 0: nothing of it is written, but what is damaged is refused all the same
     terms = [(file, weight * file.scaling(name)) for file, weight in used]
     same = len({coefficient for _, coefficient in terms}) == 1
     dtype = plan.dtype_of(name)

@@ -58,6 +58,7 @@ _ROWS = (
         cost="O(d R² + R³)",
         rank="as given",
         options=SvdOptions,
+        within_inputs=True,
     ),
     Method(
         name="cat",

@@ -52,7 +52,7 @@ class CoreOptions(RuleOptions):
 
 class TsvOptions(Options):
     rank: int | None = Field(default=None, ge=1)
-    """Rank of the result, an equal part of it for each adapter (at least 1); none is all, as far as all parts fit."""
+    """Rank of the result: an equal part of it from each adapter, rounded up and cut again; none is all that fit."""
     scale: float = Field(default=1.0, allow_inf_nan=False)
     """What the merged update is multiplied by; the paper's α, 1 there when it is not tuned."""
 
@@ -110,12 +110,16 @@ def tsv_m(module: Module, options: TsvOptions) -> LoraFactors:
     Source: Gargiulo et al., *Task Singular Vectors: Reducing Task Interference in Model Merging*, CVPR 2025.
     """
     size, count = min(module.updates[0].shape), len(module.updates)
-    most = max(1, (size if options.rank is None else min(options.rank, size)) // count)
+    # As many of each as are needed, and then the best of what they give together.
+    most = max(1, size // count) if options.rank is None else -(-min(options.rank, size) // count)
     dtype = algebra.wide(module.updates)
     parts = [lowrank.svd_of_sum([update.to(dtype=torch.float64)], rank=most) for update in module.updates]
     U, V = _polar(torch.cat([svd.U for svd in parts], dim=1)), _polar(torch.cat([svd.Vh.T for svd in parts], dim=1))
     roots = torch.cat([svd.S for svd in parts]).sqrt()
-    return LoraFactors((V * roots).T.to(dtype), (U * roots).to(dtype), options.scale)
+    merged = LoraFactors((V * roots).T.to(dtype), (U * roots).to(dtype), options.scale)
+    if options.rank is None or merged.rank <= options.rank:
+        return merged
+    return lowrank.compress_sum([merged], rank=options.rank)
 
 
 def _polar(columns: Float[Tensor, "n R"]) -> Float[Tensor, "n R"]:

@@ -82,6 +82,8 @@ class Method:
     """Whether N identical adapters give the adapter back, where the options leave nothing out (density 1, retention 1)."""
     ordered: bool = False
     """Whether the order of the adapters matters, with default options; to random methods, since they draw in that order."""
+    within_inputs: bool = False
+    """Whether a rank that is asked for cannot be above what the adapters have together."""
     warning: str = ""
     """What a user must know before they trust the result."""
 
@@ -105,8 +107,20 @@ class Method:
             if key not in fields:
                 hint = nearest(key, fields) if fields else f"'{self.name}' has no options."
                 raise ConfigError(f"merge method '{self.name}' has no option '{key}'", hint)
+        for key, value in values.items():
+            if isinstance(value, bool) and bool not in _kinds(fields[key].annotation):
+                kinds = _type_text(fields[key].annotation)
+                raise ConfigError(
+                    f"merge method '{self.name}' option '{key}': expected {kinds}, got {_value_text(value)}",
+                    "See `seedbed merge --list`.",
+                )
+        none = {
+            key: None
+            for key, value in values.items()
+            if value == "none" and type(None) in _kinds(fields[key].annotation)  # as `option_rows` writes it
+        }
         try:
-            return self.options.model_validate(dict(values))
+            return self.options.model_validate({**values, **none})
         except ValidationError as error:
             first = error.errors()[0]
             where = f" option '{first['loc'][0]}'" if first["loc"] else ""
@@ -136,7 +150,7 @@ class Method:
         """
         shares = self.shares(weights, len(adapters))
         merged = {}
-        for name in sorted({name for adapter in adapters for name in adapter}):
+        for name in sorted({name for adapter in (*adapters, *([seed] if seed else [])) for name in adapter}):
             updates = [adapter.get(name) for adapter in adapters]
             merged[name] = self.merge_module(name, updates, shares, options, seed_update(seed, name, updates))
         return Adapter(merged)
@@ -167,7 +181,8 @@ class Method:
         """Merge one module.
 
         Args:
-            updates: one for each adapter; None for an adapter that does not have the module, as some adapter must.
+            updates: one for each adapter; None for an adapter that does not have the module, as some adapter or the seed
+                must.
             shares: one for each adapter, as `shares` gives them.
             seed: see `seed_update`.
         """
@@ -177,6 +192,8 @@ class Method:
             raise AdapterMismatchError(
                 f"module {name} is missing in one of the adapters, which '{self.name}' does not allow", _MIXED
             )
+        if not terms and seed is not None:  # only the seed has it: the adapters' updates are zero
+            terms = [(_zero_like(seed), sum(shares))]
         present = [update for update, _ in terms]
         algebra.require_same_shape(name, present if seed is None else [*present, seed])
         module = Module(name, tuple(present), tuple(share for _, share in terms), seed)
@@ -190,6 +207,10 @@ def option_rows(method: Method) -> list[tuple[str, str, str, str]]:
         meaning = " ".join((field.description or "").split())
         rows.append((name, _type_text(field.annotation), _value_text(field.default), meaning))
     return rows
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    return () if get_origin(annotation) is Literal else get_args(annotation) or (annotation,)
 
 
 def _type_text(annotation: Any) -> str:
@@ -213,8 +234,11 @@ def seed_update(seed: Adapter | None, name: str, updates: Sequence[LoraFactors |
     """The seed's update of a module: zero where it does not have the module, None where there is no seed at all."""
     if seed is None or name in seed:
         return None if seed is None else seed[name]
-    like = next(update for update in updates if update is not None)
-    return LoraFactors(torch.zeros_like(like.A[:1]), torch.zeros_like(like.B[:, :1]), 1.0)
+    return _zero_like(next(update for update in updates if update is not None))
+
+
+def _zero_like(update: LoraFactors) -> LoraFactors:
+    return LoraFactors(torch.zeros_like(update.A[:1]), torch.zeros_like(update.B[:, :1]), 1.0)
 
 
 _MIXED = "Use the method 'average', which takes adapters of different ranks, scalings and modules."

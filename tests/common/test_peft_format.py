@@ -225,7 +225,7 @@ def edit_tensors(directory: Path, **changes: torch.Tensor | None) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base model's weights"),
         ({"r": 0}, "r is 0"),
         ({"lora_alpha": "many"}, "lora_alpha is 'many'"),
-        ({"rank_pattern": {"(": 2}}, "no regular expression"),
+        ({"rank_pattern": {"(": 2}}, "is not matched: missing \\)"),
         ({"rank_pattern": {f"x{number}.*": 2 for number in range(20_001)}}, "20001 patterns with repeats"),
         ({"rank_pattern": {"q_proj": 5}}, rf"module {Q} has rank 2, expected 5"),
     ],

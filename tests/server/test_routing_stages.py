@@ -196,6 +196,17 @@ def test_an_expert_without_a_gate_fails_the_stage_whatever_the_quorum(tmp_path: 
         conduct(run, Village(run.root / "store", {"gate:c": lambda job, store: Failure(2, "gone")}))
 
 
+@pytest.mark.parametrize("router", ["arrow", "learned"])
+def test_a_router_over_more_experts_than_are_left_is_left_out_and_the_run_goes_on(router: str, tmp_path: Path) -> None:
+    wide = {"name": "wide", "router": router, "top_k": 4}
+    run = open_run(tmp_path / "run", routed("average", wide))
+    found = conduct(run, Village(run.root / "store", {"expert:c": lambda job, store: Failure(2, "gone")}))
+    assert "average" in found
+    assert "wide" not in found
+    (entry,) = (entry for entry in run.ledger.of("quarantined") if entry.node == "candidate")
+    assert (entry.name, entry.reason) == ("wide", "top_k 4 of the router is larger than the number of experts, 3")
+
+
 def test_a_reference_that_failed_leaves_its_candidate_out(tmp_path: Path) -> None:
     run = open_run(tmp_path / "run", routed("molora", "joint", "tuned", "average"))
     found = conduct(run, Village(run.root / "store", {"molora": lambda job, store: Failure(4, "out of memory")}))
@@ -223,6 +234,11 @@ def test_a_finished_run_asks_nobody_again_for_gates_and_routers(tmp_path: Path) 
         ({"name": "x", "method": "iterativ"}, "no merge method 'iterativ'"),
         ({"name": "x", "method": "iterative", "options": {"retention": 0}}, "retention"),
         ({"name": "x", "router": "arrow", "top_k": 5}, "larger than the number of experts, 4"),
+        ({"name": "x", "method": "svd", "options": {"rank": 5}}, "expected a rank from 1 to 4, .* got 5"),
+        (
+            {"name": "x", "method": "average", "of": "unseeded", "options": {"task_scale": 2}},
+            "refers to a seed that unseeded experts have not",
+        ),
     ],
 )
 def test_a_candidate_that_makes_no_sense_is_refused_before_anything_starts(candidate: Any, sentence: str) -> None:

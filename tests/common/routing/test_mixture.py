@@ -35,6 +35,10 @@ Make = Callable[..., Any]
         ({"kind": "sequence", "of": "sequence"}, "a sequence router, and no other"),
         ({"kind": "arrow", "of": "learned"}, "a sequence router, and no other"),
         ({"kind": "arrow", "weights": (1.0, 2.0)}, "'arrow' takes no weights"),
+        ({"weights": (1.0, -1.0)}, "weight -1.0 is negative"),
+        ({"weights": (0.0, 0.0)}, "all weights are zero"),
+        ({"weights": (1.0, float("nan"))}, "weight nan"),
+        ({"kind": "uniform", "top_k": 3}, "'uniform' takes no top_k"),
     ],
 )
 def test_settings_without_sense_are_refused(settings: dict[str, Any], said: str) -> None:
@@ -67,6 +71,7 @@ def test_phatgoose_uses_two_experts_unless_told_otherwise() -> None:
     assert RouterSettings(kind="sequence", of="phatgoose").top_k == 2
     assert RouterSettings(kind="phatgoose", top_k=1).top_k == 1
     assert RouterSettings(kind="arrow").top_k is None
+    RouterSettings(kind="phatgoose").require(1)  # one is all that there are
 
 
 def test_settings_survive_json() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from seedbed.common.adapter import Adapter, LoraFactors
-from seedbed.common.routing import KINDS, Mixture, RoutedUpdate, Router, RouterSettings
+from seedbed.common.routing import KINDS, Mixture, RoutedUpdate, Router, RouterSettings, arrow_router
 from seedbed.common.routing.gates import LearnedGate, SigmoidGate, make_gate, probabilities
 
 BY_TOKEN = [kind for kind in KINDS if kind != "sequence"]
@@ -189,6 +189,19 @@ def test_ties_with_the_last_of_the_k_likeliest_stay() -> None:
     p = probabilities(torch.tensor([2.0, 1.0, 1.0, 0.0]), 2, 1.0)
     assert (p > 0).tolist() == [True, True, True, False]
     torch.testing.assert_close(p[1], p[2])
+
+
+def test_an_expert_that_lacks_the_module_takes_no_place_from_those_that_have_it(expert: Make) -> None:
+    """Prototypes of the absent ones are zero: they tie, and of four only one fills the second place."""
+    held = expert({"layer": (6, 5)}, 2, 0, scaling=1.0)
+    absent = [expert({"other": (6, 5)}, 2, seed, scaling=1.0) for seed in range(1, 5)]
+    experts = (held, *absent)
+    made = Mixture(tuple("abcde"), experts, arrow_router(experts, RouterSettings(kind="arrow", top_k=2)))
+    update, seen = layer(made), []
+    update.observer = seen.append
+    run(update, tokens(), False)
+    assert ((seen[0] > 0).sum(-1) == 2).all()
+    assert (seen[0][..., 0] >= 0.5).all()
 
 
 def test_a_low_temperature_sharpens() -> None:

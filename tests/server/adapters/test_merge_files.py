@@ -226,3 +226,70 @@ def test_the_streamed_average_is_the_average_to_the_bit(
         assert torch.equal(streamed[name].A, expected.A)
         assert torch.equal(streamed[name].B, expected.B)
         assert streamed[name].scaling == pytest.approx(expected.scaling, rel=1e-15)
+
+
+def test_the_result_is_of_the_kind_of_model_that_its_inputs_are_of(tmp_path: Path) -> None:
+    """PEFT's default is a plain module; a class of its own would ask more of the model."""
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    def net() -> torch.nn.Sequential:
+        return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+
+    for index in (1, 2):
+        model = get_peft_model(net(), LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=False))
+        model.save_pretrained(tmp_path / f"plain{index}")
+    merge_directories([tmp_path / "plain1", tmp_path / "plain2"], "average", tmp_path / "merged")
+    PeftModel.from_pretrained(net(), tmp_path / "merged")
+    inputs = [
+        save_with_peft(tmp_path / f"class{index}", index, r=2, target_modules=["q_proj"], task_type="FEATURE_EXTRACTION")
+        for index in (1, 2)
+    ]
+    merge_directories(inputs, "svd", tmp_path / "classes", rank=2)
+    assert json.loads((tmp_path / "classes" / "adapter_config.json").read_text())["task_type"] == "FEATURE_EXTRACTION"
+
+
+def test_an_output_head_that_peft_saves_with_its_frozen_weight_is_an_adapter_like_any_other(tmp_path: Path) -> None:
+    targets = ["lm_head", "q_proj"]
+    inputs = [save_with_peft(tmp_path / f"head{index}", index, r=2, target_modules=targets) for index in (1, 2)]
+    held = load_file(inputs[0] / "adapter_model.safetensors")
+    assert any(key.endswith("lm_head.base_layer.weight") for key in held), "PEFT puts it there"
+    merge_directories(inputs, "average", tmp_path / "merged")
+    value, _ = read_adapter(tmp_path / "merged")
+    expected = [read_adapter(path)[0]["lm_head"].delta() for path in inputs]
+    assert torch.allclose(value["lm_head"].delta(), (expected[0] + expected[1]) / 2, atol=1e-6)
+
+
+def test_modules_that_only_the_seed_has_are_scaled_like_all_of_it(inputs: list[Path], tmp_path: Path) -> None:
+    """inputs[2] adapts all linear layers, the first only two: with λ the rest is (1 − λ) of the seed."""
+    seed, _ = read_adapter(inputs[2])
+    for scale in (0.0, 3.0):
+        out = tmp_path / f"scaled{scale}"
+        merge_directories(inputs[:1], "average", out, options={"task_scale": scale}, seed=inputs[2])
+        value, _ = read_adapter(out)
+        assert set(value) == set(seed)
+        only = next(name for name in seed if name.endswith("o_proj"))
+        assert torch.allclose(value[only].delta(), (1 - scale) * seed[only].delta(), atol=1e-6)
+    merge_directories(inputs[:1], "svd", tmp_path / "half", rank=4, options={"include_seed": True}, seed=inputs[2])
+    half, _ = read_adapter(tmp_path / "half")
+    assert torch.allclose(half[only].delta(), seed[only].delta() / 2, atol=1e-5)
+
+
+def test_a_result_beyond_its_dtype_is_not_blamed_on_training(tmp_path: Path) -> None:
+    values = {"layer": LoraFactors(torch.ones(1, 2).half(), torch.full((2, 1), 3e4).half(), 1.0)}
+    paths = [tmp_path / name for name in ("one", "two")]
+    for path in paths:
+        write_adapter(path, Adapter(values), kind="expert", base=BaseIdentity(name="tiny"))
+    with pytest.raises(NonFiniteError, match="the result is beyond the numbers of float16") as refused:
+        merge_directories(paths, "linear", tmp_path / "far" / "away" / "sum", weights=[9.0, 9.0])
+    assert "--dtype float32" in refused.value.hint
+    assert not (tmp_path / "far").exists(), "no empty directory is left"
+
+
+def test_an_expert_of_weight_zero_is_looked_at_all_the_same(inputs: list[Path], tmp_path: Path) -> None:
+    path = inputs[1] / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first = next(iter(tensors))
+    tensors[first][0, 0] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(NonFiniteError, match=r"expert1: module .* holds 1 values"):
+        merge_directories(inputs, "average", tmp_path / "mean", weights=[1.0, 0.0, 1.0])

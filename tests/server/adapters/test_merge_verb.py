@@ -194,6 +194,9 @@ REFUSED = {
     "a rank given twice": (["a", "--method", "svd", "--rank", "1", "--opt", "rank=1"], 3, "given twice"),
     "a rank of none": (["a", "b", "--rank", "2"], 3, "does not take a rank"),
     "a rank too large": (["a", "b", "--method", "ties", "--rank", "129"], 3, "from 1 to 128", "got 129"),
+    "a rank too large, written as 9.0": (["a", "b", "--method", "ties", "--opt", "rank=129.0"], 3, "from 1 to 128"),
+    "a date that there is not": (["a", "--opt", "task_scale=2024-13-01"], 3, "not YAML"),
+    "weights beyond all numbers": (["a", "b", "--weights", "1e308,1e308"], 3, "too large to be added"),
     "a missing seed": (["a", "b", "--opt", "task_scale=2"], 3, "task_scale 2 needs the seed", "--seed"),
     "a missing seed to include": (["a", "--opt", "include_seed=true"], 3, "include_seed needs the seed"),
     "a seed for nothing": (["a", "--method", "ties", "--seed", "seed"], 3, "'ties' uses no seed"),
@@ -228,7 +231,7 @@ def test_what_makes_no_sense_is_refused(place: Path, case: str, monkeypatch: pyt
     [
         (embedding, ("embed_tokens.lora_embedding_A is not a LoRA factor", "no embeddings")),
         (dora, ("is a DoRA adapter",)),
-        (infinite, (f"module {Q}: lora_B holds 2 values that are NaN or infinite",)),
+        (infinite, (f"a: module {Q}: lora_B holds 2 values that are NaN or infinite",)),
     ],
 )
 @pytest.mark.parametrize("form", [("b", "a"), ("a", "--method", "svd"), ("a", "--fold", "embedded")])

@@ -10,7 +10,7 @@ import torch
 
 from seedbed.common import algebra
 from seedbed.common.adapter import Adapter, LoraFactors
-from seedbed.common.errors import AdapterMismatchError
+from seedbed.common.errors import AdapterMismatchError, ConfigError
 from seedbed.server.merging import METHODS, Method, Options, option_rows
 
 
@@ -281,10 +281,10 @@ def test_modules_of_equal_updates_draw_different_numbers(name: str) -> None:
 
 @pytest.mark.parametrize("case", RANKED, ids=str)
 def test_a_rank_that_is_asked_for_is_kept_to(case: Case) -> None:
-    options = case.row.parse(case.values | {"rank": 3 if case.method == "tsv_m" else 1})
+    options = case.row.parse(case.values | {"rank": 1})
     merged = case.row.merge(experts(), None, options)
     factors = merged["a"]
-    limit = 3 if case.method == "tsv_m" or case.values.get("match") == "experts" else 1
+    limit = 3 if case.values.get("match") == "experts" else 1
     assert factors.rank <= limit
     assert torch.linalg.matrix_rank(factors.delta()) <= limit
 
@@ -305,3 +305,25 @@ def test_option_rows_are_texts_for_a_reader() -> None:
     assert rows["space"][:2] == ("dense | factors | core", "dense")
     assert rows["rank"][:2] == ("integer | none", "none")
     assert {row[0]: row[1:3] for row in option_rows(METHODS["average"])}["include_seed"] == ("true | false", "false")
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(1, 1), (2, 2), (4, 4), (6, 6), (9, 6)])
+def test_tsv_m_gives_the_rank_that_is_asked_for_also_where_it_is_not_shared_out_evenly(
+    rank: int, expected: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    three = [
+        Adapter({"m": LoraFactors(torch.randn(2, 9, generator=generator), torch.randn(8, 2, generator=generator), 1.0)})
+        for _ in range(3)
+    ]
+    row = METHODS["tsv_m"]
+    assert row.merge(three, None, row.parse({"rank": rank}))["m"].rank == expected
+
+
+def test_none_is_written_as_the_list_of_methods_writes_it_and_a_switch_is_no_number() -> None:
+    assert METHODS["ties"].parse({"rank": "none"}) == METHODS["ties"].parse({"rank": None})
+    for values in ({"rank": True}, {"density": True}):
+        with pytest.raises(ConfigError, match="got true"):
+            METHODS["ties"].parse(values)
+    with pytest.raises(ConfigError, match=r"'density'.*none"):
+        METHODS["ties"].parse({"density": "none"})
