@@ -19,7 +19,8 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/mypy .typecheck/seedbed/common .typecheck/seedbed/server .typecheck/seedbed/client
-	$(BIN)/python -m pytest -q tests/test_layers.py
+	$(BIN)/python -m pytest -q tests/test_layers.py tests/deploy/test_commands.py tests/deploy/test_containers.py \
+		tests/deploy/test_kubernetes.py tests/deploy/test_services.py tests/deploy/test_settings.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix $(SOURCES)

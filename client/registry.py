@@ -119,7 +119,7 @@ class RegistryClient:
         if not _PREFIX.fullmatch(name):
             raise ConfigError(
                 f"expected a digest, its first 6 or more digits, 'seed' or 'best', got {name[:80]!r}",
-                "`seedbed status` shows the digests.",
+                "The digests stand in the lineage of the report.",
             )
         return self._unique(name)
 
@@ -257,7 +257,7 @@ class RegistryClient:
             return found[0]
         if found:
             raise ConfigError(f"{len(found)} adapters begin with {prefix}", "Give more digits.")
-        raise StorageError(f"no adapter begins with {prefix}", "`seedbed status` shows the digests.")
+        raise StorageError(f"no adapter begins with {prefix}", "The digests stand in the lineage of the report.")
 
     def _download(self, digest: str, download: Download, on_bytes: OnBytes) -> None:
         """Receive until all bytes are there and are the right ones; of those that an earlier process left, once anew."""

@@ -239,6 +239,9 @@ def _require_files(directory: Path) -> None:
         what = "is not a directory" if directory.exists() else "does not exist"
         raise AdapterFormatError(f"{directory} {what}", f"Give a PEFT directory, one that holds {TENSORS}.")
     present = {entry.name for entry in directory.iterdir()}
+    for name in FILES:
+        if name in present and not (directory / name).is_file():  # a pipe would be read for ever
+            raise AdapterFormatError(f"{directory / name} is not a regular file", "Save the adapter again.")
     if TENSORS not in present:
         pickles = sorted(name for name in present if name.lower().endswith(_PICKLES))
         if pickles:

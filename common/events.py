@@ -99,7 +99,7 @@ class EventLog:
 
     def read_numbered(self, offset: int = 0) -> tuple[list[tuple[Event, int]], int]:
         """As `read_some`, each event with the offset that follows it."""
-        if offset < 0 or not self.path.exists():
+        if offset < 0 or not self.path.exists() or offset > self.path.stat().st_size:
             return [], max(0, offset)
         found, size = [], _PORTION
         with storing("read", self.path), self.path.open("rb") as file:

@@ -26,14 +26,17 @@ app = ServerApp()
 
 PRESENCE = Path("superlink") / "serverapp.json"
 """In the run directory: which process the ServerApp is."""
+WANTED = Path("superlink") / "submission"
+"""Likewise: which submission of the run is to be worked for. A SuperLink that is started again also starts what it had been
+given before; such a ServerApp ends at once."""
 
 
 class Presence(Record):
     """Who writes this is at work, or has been."""
 
     pid: int
-    submission: int
-    """Which submission of the run it works for, as whoever submitted it counts."""
+    submission: str
+    """Which submission of the run it works for, as whoever submitted it calls it."""
 
 
 @app.main()
@@ -44,10 +47,20 @@ def main(grid: Grid, context: Context) -> None:
             "the run configuration names no run directory", "Pass --run-config 'seedbed-run=\"DIR\"' to flwr run."
         )
     root = Path(directory)
-    submission = int(context.run_config.get("seedbed-submission", 0))
+    submission = str(context.run_config.get("seedbed-submission", ""))
+    if submission and submission != wanted(root):
+        return
     here = Presence(pid=os.getpid(), submission=submission)
     atomic_write(root / PRESENCE, here.model_dump_json().encode())
     _serve(root, grid, str(context.run_config.get("seedbed-command", "")))
+
+
+def wanted(root: Path) -> str:
+    """The submission that a run directory's coordinator waits for; empty for none."""
+    try:
+        return (root / WANTED).read_text(encoding="ascii")
+    except (OSError, ValueError):
+        return ""
 
 
 def _serve(root: Path, grid: Grid, command: str) -> None:

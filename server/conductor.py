@@ -57,7 +57,6 @@ def conduct(setting: Setting, workforce: Workforce | Messenger) -> Results:
         SeedbedError: whatever else stops the run; it is in the ledger, too.
     """
     run = setting.run
-    contributed = state_of(run.root)
     try:
         federation = setting.federation(workforce)
         candidates = federation.conduct()
@@ -69,6 +68,7 @@ def conduct(setting: Setting, workforce: Workforce | Messenger) -> Results:
     except SeedbedError as error:
         run.ledger.append(Entry(event="failed", reason=error.message))
         raise
+    contributed = federation.stages.counted
     run.ledger.append(Entry(event="finished", detail={"contributed": contributed} if contributed else {}))
     return results
 

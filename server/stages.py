@@ -13,7 +13,7 @@ from seedbed.common.events import Event
 from seedbed.common.jobs import Hello, Job, JobResult
 from seedbed.common.manifest import BaseIdentity, recipe_hash
 from seedbed.server.admission import Admission, why_not_let_in
-from seedbed.server.contributions import Contributions
+from seedbed.server.contributions import Contributions, state_of
 from seedbed.server.gathering import Gathering, Pulse, Stage
 from seedbed.server.ledger import Entry
 from seedbed.server.messenger import Messenger
@@ -65,6 +65,8 @@ class Stages:
         self._over = self.deployed and run.ledger.contributed is not None
         """The run had finished before: it is only combined again, and nobody is waited for."""
         self._pulse = Pulse(run.root)
+        self.counted: list[str] = []
+        """The state of the contributions (`state_of`) that the experts were chosen from, or an older one."""
 
     def have(
         self,
@@ -89,7 +91,7 @@ class Stages:
         """
         ledger = self.run.ledger
         done = {job.name: entry.digest for job in jobs if (entry := ledger.accepted(job.recipe))}
-        places = self._places(jobs, done) if contributed else {}
+        places = self._counted_places(jobs, done) if contributed else {}
         missing = [job for job in jobs if job.name not in done and job.name not in places]
         key = recipe_hash({"stage": name, "jobs": [job.recipe for job in jobs]})
         closed = next((entry for entry in ledger.of("closed") if entry.key == key), None)
@@ -97,7 +99,7 @@ class Stages:
         absent = set(closed.detail.get("absent", [])) if closed else set()
         if missing and not closed and not self._over:
             absent = self._ask(missing, done, contributed)
-            places = self._places(jobs, done) if contributed else {}
+            places = self._counted_places(jobs, done) if contributed else {}
         for job in jobs:
             if job.name not in done and shrink and not (late and job.name in absent):
                 self.tasks = [task for task in self.tasks if task not in job.tasks]
@@ -140,15 +142,23 @@ class Stages:
             QuorumError: if too little has come, with the reasons.
         """
         needed = math.ceil(asked * (share or self.run.config.stages.quorum) - 1e-9)
-        if got < needed:
+        if self._over and 0 < got < needed and share is None:
+            # Nobody can be asked any more, and who withdraws an expert has a right to a result without it.
+            self.observe.note(f"stage '{stage}' is combined again from {got} of {asked} results")
+        elif got < needed:
             reasons = "; ".join(
                 f"{entry.node} ({entry.name}): {entry.reason}"
                 for entry in list(self.run.ledger.of("quarantined"))[-(asked - got) :]
             )
             raise QuorumError(
-                f"stage '{stage}' has {got} of {asked} results and needs {needed}: {reasons}",
+                f"stage '{stage}' has {got} of {asked} results and needs {needed}: {reasons or 'the others were withdrawn'}",
                 "Mend the participants and continue with --resume, or lower stages.quorum.",
             )
+
+    def _counted_places(self, jobs: Sequence[Job], done: Mapping[str, str]) -> dict[str, str]:
+        """`_places`, and a note of the state before: what comes or goes meanwhile is combined another time."""
+        self.counted = state_of(self.run.root)
+        return self._places(jobs, done)
 
     def _places(self, jobs: Sequence[Job], done: Mapping[str, str]) -> dict[str, str]:
         """Contributed experts for jobs without a result, by job name."""

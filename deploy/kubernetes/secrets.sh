@@ -21,7 +21,9 @@ trap 'rm -rf "$aside"' EXIT
 case $1 in
 coordinator)
     # The authority's own key and the participants' private keys stay where they are: serving needs neither.
-    tar -C "$2" -cf "$aside/keys.tar" --exclude=ca.key --exclude='client.key' --exclude='node.key' --exclude=.lock .
+    # Entry by entry, without "./": who unpacks may not change the mode of the volume's own directory.
+    find "$2" -mindepth 1 -maxdepth 1 -printf '%P\0' | tar -C "$2" -cf "$aside/keys.tar" --exclude=ca.key \
+        --exclude='client.key' --exclude='node.key' --exclude=.lock --null --verbatim-files-from -T -
     apply seedbed seedbed-coordinator-keys "$aside/keys.tar"
     ;;
 client)

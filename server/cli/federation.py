@@ -54,10 +54,15 @@ def coordinator(
         int, typer.Option(min=0, max=65535, help="Of the adapter registry; 0 takes a free one.")
     ] = 7401,
     advertise: Annotated[str, typer.Option(metavar="NAME", help="Name of this machine in the join line.")] = "",
+    advertise_registry: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port of the registry for participants, behind a proxy; 0: its own.")
+    ] = 0,
     keys: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Made by seedbed keys init.", show_default=False)
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without keys.")] = False,
+    max_upload: Annotated[int, typer.Option(min=0, metavar="MB", help="Largest adapter; 0: 8.6 GB.")] = 0,
+    quota: Annotated[int, typer.Option(min=0, metavar="MB", help="Of all uploads of a participant; 0: 69 GB.")] = 0,
     linger: Linger = 10.0,
     quiet: Quiet = False,
 ) -> None:
@@ -75,6 +80,9 @@ def coordinator(
         advertise=advertise,
         port=port,
         registry_port=registry_port,
+        advertise_registry=advertise_registry,
+        max_upload=max_upload,
+        quota=quota,
         keys=keys,
         insecure=insecure,
         linger=math.inf if linger < 0 else linger,

@@ -31,7 +31,7 @@ clientapp = "seedbed.client.app:app"
 [tool.flwr.app.config]
 seedbed-run = ""
 seedbed-command = ""
-seedbed-submission = 0
+seedbed-submission = ""
 """
 
 

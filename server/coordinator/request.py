@@ -26,6 +26,8 @@ class CoordinatorRequest:
         registry_port: of the registry; 0 is a free one.
         keys: directory of `seedbed keys`; with it everything beyond this machine is TLS with certificates on both sides.
         insecure: listen beyond loopback without keys.
+        advertise_registry: port under which participants reach the registry, where a proxy stands before it; 0 is its own.
+        max_upload, quota: megabytes of one adapter, and of all that one participant may hand in; 0 is the registry's default.
         linger: seconds to go on serving the registry when the federation has ended; `math.inf` until interrupted.
         command: what the user typed, for the report.
     """
@@ -40,6 +42,9 @@ class CoordinatorRequest:
     registry_port: int = REGISTRY_PORT
     keys: Path | None = None
     insecure: bool = False
+    advertise_registry: int = 0
+    max_upload: int = 0
+    quota: int = 0
     linger: float = 0.0
     command: str = ""
     patience: float = 180.0

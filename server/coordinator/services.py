@@ -28,6 +28,10 @@ class Layout:
     superlink_port: int
     keys: Path | None
     insecure: bool
+    registry_options: tuple[str, ...] = ()
+    """Its limits, as it takes them."""
+    advertised_registry: int = 0
+    """The port under which participants reach the registry, where a proxy stands before it; 0 is its own."""
     health_port: int = 0
     """Where the registry answers, on loopback, whether it lives; 0 is nowhere."""
 
@@ -60,11 +64,13 @@ class Layout:
 
     def registry_command(self, port: int) -> list[str]:
         health = ["--health-port", str(self.health_port)] if self.health_port else []
-        return [*self._module("registry", port), *health, *self._keys()]
+        return [*self._module("registry", port), *health, *self.registry_options, *self._keys()]
 
     def gateway_command(self, port: int, registry_port: int) -> list[str]:
         upstream = f"{'http' if self.keys is None else 'https'}://{self.superlink}"
         command = [*self._module("gateway", port), "--upstream", upstream, "--registry-port", str(registry_port)]
+        if self.advertised_registry:
+            command += ["--advertise-registry", str(self.advertised_registry)]
         return [*command, *self._keys()]
 
     def _module(self, name: str, port: int) -> list[str]:
@@ -167,7 +173,8 @@ class Service:
         pause = self._backoff.after(time.monotonic() - child.started)
         self._not_before = time.monotonic() + pause
         if not self._was_ready and self.starts >= _FAILED_STARTS:
-            said = next((line for line in reversed(self._last_words) if line.strip()), f"exit code {code}")
+            words = [line for line in self._last_words if line.strip()]
+            said = " ".join(words[-2:]) or f"exit code {code}"  # an error and its hint
             raise EnvironmentFailure(f"the {self.name} cannot be started: {said[:300]}", f"See {self._log.path}.")
 
     def _hear(self, line: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,9 @@ from pydantic import ValidationError
 
 from seedbed.common.errors import EnvironmentFailure
 from seedbed.common.events import Event, EventLog
+from seedbed.common.files import atomic_write
 from seedbed.common.processes import Backoff, RotatingLog
-from seedbed.server.app import PRESENCE, Presence
+from seedbed.server.app import PRESENCE, WANTED, Presence
 from seedbed.server.coordinator.control import ENDED, SuperLinkControl
 from seedbed.server.coordinator.services import Service
 
@@ -59,6 +61,8 @@ class Submission:
         """How often the run has been submitted."""
         self._app, self._settings, self._log = app, settings, log
         self._run: int | None = None
+        self._name = ""
+        """Of the last submission, unlike all others of the run."""
         self._generation = 0
         self._submitted = self._looked = self._asked = self._not_before = 0.0
         self._ended = False
@@ -89,8 +93,10 @@ class Submission:
         here = self._last_presence()
         if here is not None:  # left by a SuperLink that was killed, it would be at work beside the new one
             _end_serverapp(here.pid)
-        (self.root / PRESENCE).unlink(missing_ok=True)  # an earlier coordinator counted from one, too
-        settings = {**self._settings, "seedbed-submission": self.number}
+        (self.root / PRESENCE).unlink(missing_ok=True)
+        self._name = f"{self.number}-{uuid.uuid4().hex}"
+        atomic_write(self.root / WANTED, self._name.encode())
+        settings = {**self._settings, "seedbed-submission": self._name}
         self._run = self.control.start(self._app, settings)
         self._generation = self.superlink.starts
         self._submitted = self._looked = self._asked = time.monotonic()
@@ -116,7 +122,7 @@ class Submission:
     def _presence(self) -> bool | None:
         """Whether the ServerApp of this submission runs; None where it has not come yet."""
         here = self._last_presence()
-        return _runs(here.pid) if here is not None and here.submission == self.number else None
+        return _runs(here.pid) if here is not None and here.submission == self._name else None
 
     def _last_presence(self) -> Presence | None:
         try:
@@ -126,6 +132,7 @@ class Submission:
 
     def _lost(self, why: str) -> None:
         self._log.write("coordinator", f"the run is lost: {why}")
+        self.forget()
         run, self._run = self._run, None
         if run is not None and self._generation == self.superlink.starts:
             self.control.stop(run)
@@ -137,6 +144,10 @@ class Submission:
                 f"the run was lost {self._backoff.failures} times in a row: {why}",
                 f"See {self._log.path}, then continue with --resume.",
             )
+
+    def forget(self) -> None:
+        """Whatever was submitted before is not wanted any more, should it start after all."""
+        (self.root / WANTED).unlink(missing_ok=True)
 
     def again(self) -> None:
         """Submit the run once more, though it has ended."""
@@ -194,6 +205,7 @@ class Supervisor:
         Raises:
             EnvironmentFailure: if one does not.
         """
+        self.submission.forget()  # before the SuperLink starts what an earlier coordinator had given it
         end = time.monotonic() + patience
         while True:
             for service in self.services:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from seedbed.common.config_file import load_config
 from seedbed.common.errors import ConfigError, ResumeError, SeedbedError
 from seedbed.common.events import EventLog
 from seedbed.common.exclusive import take_lock
-from seedbed.common.hosts import GATEWAY_PORT, host_port
+from seedbed.common.hosts import GATEWAY_PORT, host_port, is_loopback
 from seedbed.common.manifest import BaseIdentity
 from seedbed.common.processes import RotatingLog, free_port
 from seedbed.server.candidates import resolve
@@ -34,6 +35,7 @@ from seedbed.server.coordinator.services import Layout, Service
 from seedbed.server.coordinator.supervision import Outcome, Submission, Supervisor
 from seedbed.server.evaluation import results as records
 from seedbed.server.evaluation.results import Results
+from seedbed.server.ledger import Ledger
 from seedbed.server.observer import Observer, Silent, replay
 from seedbed.server.plan import Planner
 
@@ -124,7 +126,17 @@ def _prepare(request: CoordinatorRequest, config: FederationConfig, root: Path) 
 
 def _supervisor(request: CoordinatorRequest, root: Path, console: Console, observe: Observer) -> Supervisor:
     keys = request.keys.resolve() if request.keys is not None else None
-    layout = Layout(root, request.host, free_port(), keys, request.insecure, health_port=free_port())
+    limits = (("--max-upload", request.max_upload), ("--quota-participant", request.quota))
+    layout = Layout(
+        root,
+        request.host,
+        free_port(),
+        keys,
+        request.insecure,
+        tuple(word for option, size in limits if size for word in (option, str(size * 1_000_000))),
+        request.advertise_registry,
+        health_port=free_port(),
+    )
     layout.directory.mkdir(exist_ok=True)
     log = RotatingLog(root / "logs" / "coordinator.log")
     environment = layout.environment()
@@ -182,7 +194,7 @@ def _hand_out(request: CoordinatorRequest, supervisor: Supervisor, console: Cons
     """The line that participants run."""
     gateway = supervisor.services[-1]
     port = gateway.port
-    host = request.advertise or ("127.0.0.1" if request.host in ("", "0.0.0.0", "::") else request.host)
+    host = request.advertise or _own_name(request)
     where = host if port == GATEWAY_PORT else host_port(host, port)
     line = f"seedbed join {where} --task FILE" + (" --keys FOLDER" if request.keys is not None else "")
     console.print(f"Participants join with:  {line}", markup=False, highlight=False, soft_wrap=True)
@@ -193,6 +205,19 @@ def _hand_out(request: CoordinatorRequest, supervisor: Supervisor, console: Cons
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _own_name(request: CoordinatorRequest) -> str:
+    """Under which others reach this machine: the address that it listens on, or a name that its certificate is for."""
+    if request.host not in ("", "0.0.0.0", "::"):
+        return request.host
+    if request.keys is None:
+        return socket.gethostname()
+    from seedbed.server.keys.certificates import hosts_of
+    from seedbed.server.keys.directory import read_certificate
+
+    names = hosts_of(read_certificate(request.keys / "server" / "server.crt"))
+    return next((name for name in names if not is_loopback(name)), "127.0.0.1")
 
 
 def _sum_up(outcome: Outcome) -> None:
@@ -215,14 +240,17 @@ def _linger(supervisor: Supervisor, root: Path, seconds: float, console: Console
     """
     if seconds <= 0:
         return
-    until, known = time.monotonic() + seconds, state_of(root)
+    until, known = time.monotonic() + seconds, Ledger(root / "ledger.jsonl").contributed
     console.print("The federation has ended; its registry goes on serving. Ctrl-C ends it.", highlight=False)
     try:
         while time.monotonic() < until:
             supervisor.tick()
             if (now := state_of(root)) != known:
                 known = now
-                _sum_up(supervisor.again())
+                outcome = supervisor.again()
+                if not outcome.finished:  # the others are still served
+                    text = f"Not combined again: {outcome.reason}"
+                    console.print(text, markup=False, highlight=False, soft_wrap=True)
             time.sleep(0.5)
     except Interrupted:
         return

@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
                 port=port,
                 upstream=options.upstream,
                 registry_port=options.registry_port,
+                advertised_registry=options.advertise_registry,
                 keys=options.keys,
                 insecure=options.insecure,
                 body_limit=options.max_body,
@@ -56,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
         "--upstream", required=True, metavar="URL", help="the SuperLink, such as https://127.0.0.1:8000"
     )
     parser.add_argument("--registry-port", type=int, required=True, help="where the registry listens on this machine")
+    parser.add_argument(
+        "--advertise-registry",
+        type=int,
+        default=0,
+        metavar="PORT",
+        help="what participants are told instead",
+    )
     trust = parser.add_mutually_exclusive_group()
     trust.add_argument("--keys", type=Path, help="directory made by `seedbed keys`")
     trust.add_argument("--insecure", action="store_true", help="plaintext beyond loopback is meant")

@@ -42,6 +42,9 @@ class Settings:
     upstream: str
     """``http(s)://host:port`` of the SuperLink, on loopback."""
     registry_port: int
+    """Where the registry listens on this machine."""
+    advertised_registry: int = 0
+    """The port that participants are told; 0 is the same."""
     keys: Path | None = None
     insecure: bool = False
     """Plaintext beyond loopback is meant."""
@@ -92,7 +95,8 @@ async def _serve(
 
 def _application(settings: Settings, client: httpx.AsyncClient, context: ssl.SSLContext | None) -> ASGIApp:
     upstream = settings.upstream.rstrip("/")
-    information = Information(settings.run, settings.registry_port, secure=settings.keys is not None)
+    told = settings.advertised_registry or settings.registry_port
+    information = Information(settings.run, told, secure=settings.keys is not None)
     registry = (_reachable(settings.host), settings.registry_port)
     relay = Relay(client, upstream, settings.keys is not None, settings.body_limit)
 

@@ -61,7 +61,7 @@ class Contributions:
         self._require_task(task)
         if name and not _NAME.fullmatch(name):
             raise ConfigError(f"expected a name of letters, digits, dots and hyphens, got {name[:40]!r}")
-        name = name or f"{_UNFIT.sub('-', task)}-{digest[:6]}"
+        name = name or f"{_UNFIT.sub('-', task).lstrip('-._') or 'expert'}-{digest[:6]}"
         wanted = Contribution(digest=digest, task=task, name=name, participant=participant, time=time.time())
         with self._lock:
             if (held := self._same(wanted)) is not None:
@@ -84,7 +84,7 @@ class Contributions:
         with self._lock:
             held = self._held.get(require_digest(digest))
             if held is None:
-                hint = "Look for it with `seedbed status`."
+                hint = "Give the whole digest, as `seedbed contribute` printed it."
                 raise Refusal(
                     grpc.StatusCode.NOT_FOUND, StorageError, f"adapter {digest} was not contributed here", hint
                 )

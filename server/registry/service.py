@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from pydantic_core import PydanticSerializationError
 
 from seedbed.common.errors import ConfigError, EnvironmentFailure
 from seedbed.common.events import Event, EventKind, EventLog
@@ -161,7 +162,10 @@ class Service:
                 raise ConfigError(f"expected an event of at most {REPORT_LIMIT:,} bytes, got {request.ByteSize():,}")
             if not self._reports.allows(peer):
                 raise Busy(f"{peer} reports too often")
-            self._events.append(messages.reported(request.event, peer))
+            try:
+                self._events.append(messages.reported(request.event, peer))
+            except (UnicodeError, PydanticSerializationError):
+                raise ConfigError("the event holds text that is no Unicode") from None
             return pb.ReportResponse()
 
     @contextmanager

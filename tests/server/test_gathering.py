@@ -16,6 +16,7 @@ from seedbed.common.jobs import Hello, Job, JobResult
 from seedbed.common.registry import Contribution
 from seedbed.common.storage import DirectoryStore, read_adapter, read_manifest, write_adapter
 from seedbed.server.combination import Combination
+from seedbed.server.conductor import settled
 from seedbed.server.contributions import FILE
 from seedbed.server.federation import Federation
 from seedbed.server.ledger import Entry
@@ -299,6 +300,44 @@ def test_an_expert_for_a_further_task_joins_the_merges_and_can_be_withdrawn(tmp_
 
     last = open_federation(tmp_path)
     assert conduct(last, ScriptedMessenger({}))["average"] == before
+
+
+def test_a_place_that_a_contribution_filled_while_it_was_waited_for_is_empty_again_when_that_is_withdrawn(
+    tmp_path: Path,
+) -> None:
+    """A quorum of all would stop a run that still can wait; who withdraws has a right to a result without it."""
+    settings = config(
+        tasks={"experts": list(TASKS)},
+        seed={"mode": "none"},
+        combine={"candidates": ["base", "experts", "average"]},
+        stages={"deadline": 100, "silence": 1000, "quorum": 1.0},
+    )
+    run = open_run(tmp_path / "run", settings)
+    work = trains(run)
+    messenger = ScriptedMessenger({1: Node(hello("one", "a"), work)})
+    original, handed_in = messenger.pause, []
+
+    def pause() -> None:
+        original()
+        if messenger.clock == 30:
+            handed_in.append(contribute(run, "b", 1.0))
+
+    messenger.pause = pause  # type: ignore[method-assign]
+    federation = Federation(run, messenger, BASE, SHAPES, Listener())
+    both = {candidate.name: candidate for candidate in federation.conduct(diagnose=False)}["average"]
+    (digest,) = handed_in
+    assert federation.stages.counted == [f"{digest} b b"], "it came after the beginning, and counts"
+    run.ledger.append(Entry(event="finished", detail={"contributed": federation.stages.counted}))
+    note(run, Contribution(digest=digest, task="b", name="b", participant="carol", time=1, withdrawn=True))
+    run.close()
+
+    again = open_run(tmp_path / "run", settings, resume=True)
+    assert not settled(again)
+    listener = Listener()
+    found = conduct(again, ScriptedMessenger({}), listener)
+    assert found["average"].digest != both.digest
+    assert digest not in read_manifest(again.adapters / "average").parents
+    assert "stage 'experts' is combined again from 1 of 2 results" in listener.notes
 
 
 def test_a_contribution_of_another_rank_is_averaged(tmp_path: Path) -> None:

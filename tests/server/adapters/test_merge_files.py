@@ -241,7 +241,9 @@ def test_the_result_is_of_the_kind_of_model_that_its_inputs_are_of(tmp_path: Pat
     merge_directories([tmp_path / "plain1", tmp_path / "plain2"], "average", tmp_path / "merged")
     PeftModel.from_pretrained(net(), tmp_path / "merged")
     inputs = [
-        save_with_peft(tmp_path / f"class{index}", index, r=2, target_modules=["q_proj"], task_type="FEATURE_EXTRACTION")
+        save_with_peft(
+            tmp_path / f"class{index}", index, r=2, target_modules=["q_proj"], task_type="FEATURE_EXTRACTION"
+        )
         for index in (1, 2)
     ]
     merge_directories(inputs, "svd", tmp_path / "classes", rank=2)

@@ -116,6 +116,22 @@ def test_after_kill_9_of_the_coordinator_nothing_is_left_and_resume_completes_it
     assert nothing_was_done_twice(out)
 
 
+def test_a_run_that_was_submitted_and_not_begun_when_the_coordinator_was_killed_is_not_in_the_way(
+    running: Callable[..., Coordinator], undisturbed: Path, tmp_path: Path
+) -> None:
+    """The SuperLink that is started again starts it, too; only the ServerApp of the new submission works."""
+    coordinator = running()
+    log = coordinator.out / "logs" / "coordinator.log"
+    assert until(lambda: log.exists() and "submitted the run (1)" in log.read_text(), 280), coordinator.said
+    coordinator.kill()
+    assert nothing_is_left(coordinator.out), processes_of(coordinator.out)
+    again = running(port=coordinator.port, registry_port=coordinator.registry_port)
+    with participants(tmp_path, again):
+        assert again.wait() == 0, again.said
+    assert digests(again.out) == digests(undisturbed)
+    assert nothing_was_done_twice(again.out)
+
+
 def test_sigterm_ends_all_with_a_word_and_a_second_coordinator_is_refused(
     running: Callable[..., Coordinator], tmp_path: Path
 ) -> None:
