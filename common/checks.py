@@ -101,6 +101,18 @@ def require_base(manifest: Manifest, base: BaseIdentity, source: str) -> None:
         )
 
 
+def require_usual_dtype(manifest: Manifest) -> None:
+    """Refuse factors in float64: a merge is as wide as its widest input, and one contribution would widen all.
+
+    Raises:
+        AdapterMismatchError: if they are.
+    """
+    if "float64" in manifest.dtype.split(","):
+        raise AdapterMismatchError(
+            "the adapter: expected float32 or less, got float64", "Save it once more, after model.float()."
+        )
+
+
 def require_finite(module: str, factors: LoraFactors) -> None:
     """Refuse NaN and infinity.
 

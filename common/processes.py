@@ -10,6 +10,7 @@ Every child runs below a `keeper`, which kills it and all its descendants when t
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -37,7 +38,7 @@ _KILL_SECONDS = 10.0
 
 
 class RotatingLog:
-    """A log that several processes of this one's share: ``time process text``, one line each.
+    """A log that several processes of this one's share: a JSON object with `time`, `process` and `text` on each line.
 
     When the file would exceed its size it is renamed to ``NAME.1``, that to ``NAME.2`` and so on; the oldest goes.
 
@@ -60,7 +61,8 @@ class RotatingLog:
     def write(self, process: str, text: str) -> None:
         """Add a line. A disk that is full costs the line, not the process."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        line = f"{now} {process} {_COLOURS.sub('', text).rstrip()[:_LONGEST_LINE]}\n".encode()
+        said = {"time": now, "process": process, "text": _COLOURS.sub("", text).rstrip()[:_LONGEST_LINE]}
+        line = (json.dumps(said, ensure_ascii=False) + "\n").encode("utf-8", errors="replace")
         with self._lock, contextlib.suppress(OSError):
             if self.path.exists() and self.path.stat().st_size + len(line) > self._max_bytes:
                 self._rotate()

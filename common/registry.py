@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from seedbed.common.config import BaseModelConfig, LoraSettings
+from seedbed.common.config import BaseModelConfig, LoraSettings, TrainingSettings
 from seedbed.common.manifest import BaseIdentity, Record
 
 DEFAULT_PORT = 7401
@@ -52,6 +52,8 @@ class FederationInfo(Record):
     held_out: tuple[str, ...] = ()
     prompt: str = "Q: {prompt}\nA:"
     needs_general_text: bool = False
+    training: TrainingSettings | None = None
+    """What a job will take, as the coordinator's greeting over HTTP tells; the registry does not."""
     registry_port: int = DEFAULT_PORT
     secure: bool = False
     """TLS with certificates on both sides."""

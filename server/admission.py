@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from seedbed.common.adapter import Adapter, LoraFactors
+from seedbed.common.checks import require_usual_dtype
 from seedbed.common.config import LoraSettings
 from seedbed.common.errors import AdapterMismatchError, ConfigError, SeedbedError
 from seedbed.common.jobs import Hello, Job, JobResult
@@ -128,6 +129,7 @@ class Admission:
         if manifest.kind not in _CONTRIBUTED:
             raise AdapterMismatchError(f"expected an expert, got an adapter of kind '{manifest.kind}'")
         require_base(manifest, self.base, "the update")
+        require_usual_dtype(manifest)
         got = {name: factors.shape for name, factors in adapter.items()}
         for name in sorted(set(self.shapes) | set(got)):
             wanted, found = self.shapes.get(name), got.get(name)

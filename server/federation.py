@@ -137,6 +137,7 @@ class Federation:
             entry = entries.get(names[name])
             told = {"digest": names[name], "norm": standing.norm}
             told |= {"cosine": standing.cosine} if standing.cosine is not None else {}
+            told |= {"again": True} if self.stages.again else {}  # it is no sign of life
             self.observe.tell(
                 Event(
                     kind="accepted", node=entry.node if entry else "", name=entry.name if entry else name, detail=told

@@ -68,6 +68,11 @@ class Stages:
         self.counted: list[str] = []
         """The state of the contributions (`state_of`) that the experts were chosen from, or an older one."""
 
+    @property
+    def again(self) -> bool:
+        """The run had finished before, and is combined once more."""
+        return self._over
+
     def have(
         self,
         name: str,

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_ssh_private_key
+from cryptography.x509 import load_pem_x509_certificate
+
 from seedbed.client.join.contact import Contact, Greeting
 from seedbed.client.join.keys import Keys
 from seedbed.client.preflight.report import Check, failed
@@ -33,10 +38,27 @@ def keys(found: Keys) -> Iterator[Check]:
         yield Check("keys", "warn", when, "Ask the coordinator for new ones soon (`seedbed keys rotate`).")
     else:
         yield Check("keys", "ok", when)
+    yield from _private(found)
     open_files = [path for path in found.private if path.stat().st_mode & 0o077]
     if open_files:
         paths = " ".join(map(str, open_files))
         yield Check("private keys", "warn", f"others can read {paths}", f"chmod 600 {paths}")
+
+
+def _private(found: Keys) -> Iterator[Check]:
+    """Whether the private keys are keys, and that of the certificate is its own."""
+    remedy = "Ask the coordinator for the folder once more (`seedbed keys rotate` makes a new one)."
+    try:
+        own = load_pem_private_key(found.key.read_bytes(), None)
+        node = load_ssh_private_key(found.node_key.read_bytes(), None)
+        certificate = load_pem_x509_certificate(found.certificate.read_bytes())
+    except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
+        yield Check("keys", "fail", f"client.key or node.key beside {found.certificate} is no private key", remedy)
+        return
+    if own.public_key() != certificate.public_key():
+        yield Check("keys", "fail", f"{found.key} is not the key of {found.certificate}", remedy)
+    elif not isinstance(node, EllipticCurvePrivateKey):
+        yield Check("keys", "fail", f"{found.node_key} is no key of a SuperNode", remedy)
 
 
 def gateway(contact: Contact) -> tuple[Greeting | None, Check]:

@@ -119,6 +119,7 @@ def _equipment(request: PreflightRequest, info: FederationInfo | None) -> Iterat
         except SeedbedError as error:
             yield Check("memory", "warn", error.message, error.hint)
     if shape is not None:
-        yield machine.memory(shape, TrainingSettings(), config, found, known=False)
+        training = info.training if info is not None else None
+        yield machine.memory(shape, training or TrainingSettings(), config, found, known=training is not None)
     yield software.deepspeed(len(found.names) if found.gpu else 0)
     yield machine.disk(place.root, shape)

@@ -23,7 +23,8 @@ def remaining_seconds(status: Status, now: float | None = None) -> float | None:
     """Seconds until the open stage is done, or None where nobody can know.
 
     Args:
-        now: Unix time; what has gone by since the newest event is taken off, never below zero.
+        now: Unix time; what has gone by since the newest event is taken off, at most half of the estimate: what nobody has
+            told of yet may not be done.
     """
     if status.ended or not status.stage.name:
         return None
@@ -32,7 +33,7 @@ def remaining_seconds(status: Status, now: float | None = None) -> float | None:
     left = _of_jobs(current, status) if current else _of_units(status)
     if left is None or now is None:
         return left
-    return max(0.0, left - max(0.0, now - status.time))
+    return max(left / 2, left - max(0.0, now - status.time))
 
 
 def _of_jobs(waiting: list[JobView], status: Status) -> float | None:

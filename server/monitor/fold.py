@@ -184,7 +184,7 @@ def _with_node(status: Status, event: Event) -> Status:
     """The node of an event has been seen."""
     name = text(event.node)
     known = status.nodes.get(name)
-    if not name or (known is None and event.kind not in _OF_NODES):
+    if not name or (known is None and event.kind not in _OF_NODES) or event.detail.get("again"):
         return status
     node = known or NodeView(name)
     back = "here" if node.state == "gone" and event.kind in ("step", "accepted") else node.state

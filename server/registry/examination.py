@@ -10,7 +10,7 @@ from seedbed.common.adapter import Adapter
 from seedbed.common.adapter_file import AdapterFile
 from seedbed.common.algebra import norms
 from seedbed.common.basemodel import resolve
-from seedbed.common.checks import require_base
+from seedbed.common.checks import require_base, require_usual_dtype
 from seedbed.common.config import FederationConfig
 from seedbed.common.errors import AdapterMismatchError
 from seedbed.common.manifest import Manifest
@@ -47,6 +47,7 @@ def examine(digest: str, store: ServedStore, info: FederationInfo, shapes: Shape
 def _examine(directory: Path, store: ServedStore, info: FederationInfo, shapes: Shapes, norm_bound: float) -> None:
     manifest = _manifest(directory)
     require_base(manifest, info.identity, "the adapter")
+    require_usual_dtype(manifest)
     _require_lineage(manifest, store, info)
     file = AdapterFile(directory, verify_later=True)  # the store has hashed it
     require_shapes({name: file.shape(name) for name in file.names}, shapes)

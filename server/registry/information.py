@@ -85,6 +85,7 @@ class Information:
             held_out=config.tasks.held_out,
             prompt=config.tasks.prompt,
             needs_general_text=Planner(config, identity).needs_general_text,
+            training=config.training,
             registry_port=self.port,
             secure=self.secure,
             seed=_seed(entries, config),

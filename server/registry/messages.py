@@ -19,7 +19,7 @@ def federation(info: FederationInfo) -> pb.Federation:
             **info.base.model_dump(exclude={"revision"} if info.base.revision is None else None),
         ),
         lora=pb.Lora(targets=targets, **info.lora.model_dump(exclude={"targets"})),
-        **info.model_dump(exclude={"format", "base", "identity", "lora"}),
+        **info.model_dump(exclude={"format", "base", "identity", "lora", "training"}),
     )
 
 

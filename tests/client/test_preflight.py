@@ -217,9 +217,10 @@ def certificate(
     return made.sign(issuer[1], hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
 
-def private(key: ec.EllipticCurvePrivateKey) -> bytes:
-    pem, none = serialization.Encoding.PEM, serialization.NoEncryption()
-    return key.private_bytes(pem, serialization.PrivateFormat.PKCS8, none)
+def private(
+    key: ec.EllipticCurvePrivateKey, form: serialization.PrivateFormat = serialization.PrivateFormat.PKCS8
+) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
 
 
 class Hand:
@@ -233,8 +234,9 @@ class Hand:
     def participant(self, name: str, days: tuple[float, float] = (-1, 100)) -> Path:
         folder, key = self.root / name, ec.generate_private_key(ec.SECP256R1())
         folder.mkdir(parents=True)
+        node = private(ec.generate_private_key(ec.SECP384R1()), serialization.PrivateFormat.OpenSSH)
         files = {"ca.crt": self.ca, "client.crt": certificate(name, key, ("test ca", self.key), days)}
-        for file, content in {**files, "client.key": private(key), "node.key": private(key)}.items():
+        for file, content in {**files, "client.key": private(key), "node.key": node}.items():
             (folder / file).write_bytes(content)
             (folder / file).chmod(0o600)
         return folder
@@ -263,6 +265,18 @@ class TestKeys:
         check = list(connection.keys(load_keys(folder)))[-1]
         assert check.state == "warn"
         assert check.remedy == f"chmod 600 {folder / 'node.key'}"
+
+    @pytest.mark.parametrize("file", ["client.key", "node.key"])
+    def test_a_private_key_that_is_none_fails(self, hand: Hand, file: str) -> None:
+        folder = hand.participant("ada")
+        (folder / file).write_text("not a key")
+        assert [check.state for check in connection.keys(load_keys(folder))] == ["ok", "fail"]
+
+    def test_the_key_of_another_certificate_fails(self, hand: Hand) -> None:
+        folder, other = hand.participant("ada"), hand.participant("bob")
+        (folder / "client.key").write_bytes((other / "client.key").read_bytes())
+        check = list(connection.keys(load_keys(folder)))[-1]
+        assert (check.state, "is not the key of" in check.found) == ("fail", True)
 
     def test_a_missing_file_and_a_strange_authority_are_refused(self, hand: Hand, tmp_path: Path) -> None:
         folder = hand.participant("ada")

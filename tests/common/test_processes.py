@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -150,9 +151,9 @@ def test_what_a_child_prints_stands_in_the_log_with_time_and_name_and_without_co
     assert child.wait(20) == 0
     child.kill()
     (line,) = log.path.read_text().splitlines()
-    stamp, name, text = line.split(" ", 2)
-    assert (name, text) == ("painter", "green grass")
-    assert stamp.endswith("Z")
+    said = json.loads(line)
+    assert (said["process"], said["text"]) == ("painter", "green grass")
+    assert said["time"].endswith("Z")
 
 
 def test_a_log_keeps_its_size_and_its_number_of_files(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from scripted import Does, Node, ScriptedMessenger
 from village import BASE, OTHER, SHAPES, Village, adapter, config, done, open_run, put
 
@@ -341,8 +342,6 @@ def test_a_place_that_a_contribution_filled_while_it_was_waited_for_is_empty_aga
 
 
 def test_a_contribution_of_another_rank_is_averaged(tmp_path: Path) -> None:
-    import torch
-
     from seedbed.common.adapter import Adapter, LoraFactors
 
     run = open_federation(tmp_path)
@@ -365,6 +364,7 @@ def test_a_contribution_of_another_rank_is_averaged(tmp_path: Path) -> None:
         (adapter(1e9), {}, "norm"),
         (adapter(1.0), {"base": OTHER}, "another base model"),
         (adapter(1.0), {"kind": "seed"}, "kind 'seed'"),
+        (adapter(1.0).map(lambda module: module.to(dtype=torch.float64)), {}, "expected float32 or less, got float64"),
     ],
 )
 def test_a_contribution_that_does_not_fit_is_quarantined_with_a_reason(
