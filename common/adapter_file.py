@@ -260,7 +260,7 @@ def _require_files(directory: Path) -> None:
 
 
 def _pair_keys(tensors: TensorFile) -> dict[str, dict[str, str]]:
-    """``module -> {"A": key, "B": key}``, sorted by module; every tensor must be one of a pair."""
+    """``module -> {"A": key, "B": key}``, sorted by module; every tensor must be of a pair, or of its frozen module."""
     pairs: dict[str, dict[str, str]] = {}
     for key in tensors.names:
         if key.endswith(_SCALE) and f"{key.removesuffix(_SCALE)}{_INT8}" in tensors:

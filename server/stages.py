@@ -62,16 +62,11 @@ class Stages:
             )
         else:
             self._crew = Gathering(workforce, self._let_in, observe)
-        self._over = self.deployed and run.ledger.contributed is not None
+        self.again = self.deployed and run.ledger.contributed is not None
         """The run had finished before: it is only combined again, and nobody is waited for."""
         self._pulse = Pulse(run.root)
         self.counted: list[str] = []
         """The state of the contributions (`state_of`) that the experts were chosen from, or an older one."""
-
-    @property
-    def again(self) -> bool:
-        """The run had finished before, and is combined once more."""
-        return self._over
 
     def have(
         self,
@@ -100,9 +95,9 @@ class Stages:
         missing = [job for job in jobs if job.name not in done and job.name not in places]
         key = recipe_hash({"stage": name, "jobs": [job.recipe for job in jobs]})
         closed = next((entry for entry in ledger.of("closed") if entry.key == key), None)
-        self.observe.stage(name, 0 if closed or self._over else len(missing))
+        self.observe.stage(name, 0 if closed or self.again else len(missing))
         absent = set(closed.detail.get("absent", [])) if closed else set()
-        if missing and not closed and not self._over:
+        if missing and not closed and not self.again:
             absent = self._ask(missing, done, contributed)
             places = self._counted_places(jobs, done) if contributed else {}
         for job in jobs:
@@ -110,7 +105,7 @@ class Stages:
                 self.tasks = [task for task in self.tasks if task not in job.tasks]
         found = {**places, **done}
         self.require_quorum(name, len(found), len(jobs), 1.0 if everybody else None)
-        if self.deployed and not closed and not self._over:
+        if self.deployed and not closed and not self.again:
             ledger.append(Entry(event="closed", name=name, key=key, detail={"absent": sorted(absent)}))
         return {job.name: found[job.name] for job in jobs if job.name in found}
 
@@ -147,7 +142,7 @@ class Stages:
             QuorumError: if too little has come, with the reasons.
         """
         needed = math.ceil(asked * (share or self.run.config.stages.quorum) - 1e-9)
-        if self._over and 0 < got < needed and share is None:
+        if self.again and 0 < got < needed and share is None:
             # Nobody can be asked any more, and who withdraws an expert has a right to a result without it.
             self.observe.note(f"stage '{stage}' is combined again from {got} of {asked} results")
         elif got < needed:

@@ -53,7 +53,9 @@ def _private(found: Keys) -> Iterator[Check]:
         node = load_ssh_private_key(found.node_key.read_bytes(), None)
         certificate = load_pem_x509_certificate(found.certificate.read_bytes())
     except (OSError, ValueError, TypeError, UnsupportedAlgorithm):
-        yield Check("keys", "fail", f"client.key or node.key beside {found.certificate} is no private key", remedy)
+        yield Check(
+            "keys", "fail", f"client.key or node.key beside {found.certificate} is no usable private key", remedy
+        )
         return
     if own.public_key() != certificate.public_key():
         yield Check("keys", "fail", f"{found.key} is not the key of {found.certificate}", remedy)

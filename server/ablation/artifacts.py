@@ -39,11 +39,8 @@ class Graph:
     """Every training, by recipe, in the order in which they can be done."""
     made: dict[str, str] = field(default_factory=dict)
     """Kind of every merge and router, by recipe."""
-    asked: int = 0
-    """Trainings with those that are needed more than once."""
 
     def train(self, job: Job) -> str:
-        self.asked += 1
         self.jobs.setdefault(job.recipe, job)
         return self.trained.get(job.recipe) or f"?{job.recipe}"
 

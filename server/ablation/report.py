@@ -116,15 +116,6 @@ def _draw(results: AblationResults, out_dir: Path) -> None:
     atomic_write(out_dir / HTML, page(results).encode())
 
 
-def failures(results: AblationResults) -> list[str]:
-    """A sentence for each cell and random seed that gave nothing."""
-    return [
-        f"{label(results, one.cell)}, random seed {seed}: {reason}"
-        for one in results.cells.values()
-        for seed, reason in one.failures.items()
-    ]
-
-
 def summary(results: AblationResults) -> Group:
     """The answer, the effects of every measure and what failed, for a terminal of 80 columns."""
     from rich import box
@@ -133,7 +124,7 @@ def summary(results: AblationResults) -> Group:
     from rich.table import Table
     from rich.text import Text
 
-    from seedbed.server.ablation.tables import NAMES, amount, verdict
+    from seedbed.server.ablation.tables import NAMES, amount, failures, verdict
     from seedbed.server.evaluation.tables import p_value
 
     tables = []
@@ -154,7 +145,7 @@ def summary(results: AblationResults) -> Group:
             mark = "=" if effect.same else "*" if verdict(effect) == "clear" else ""
             table.add_row(name, *cells, mark)
         tables.append(table)
-    failed = [Text(f"Failed: {told}") for told in failures(results)]
+    failed = [Text(f"Failed: {cell}, random seed {seed}: {reason}") for cell, seed, reason in failures(results)]
     return Group(
         Text(results.answer),
         *(part for table in tables for part in (Text(""), table)),

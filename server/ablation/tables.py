@@ -294,12 +294,17 @@ def _has_cost(cell: CellResult) -> bool:
     return bool(cell.cost.trainings or cell.cost.seconds or cell.cost.tokens or cell.cost.bytes_moved)
 
 
-def missing(results: AblationResults) -> Grid | None:
-    """Runs that failed and comparisons that could not be made, with their reasons."""
-    rows = [
-        [label(results, one.cell), f"seed {seed}", reason]
+def failures(results: AblationResults) -> list[tuple[str, int, str]]:
+    """Label, random seed and reason of every run of a cell that gave nothing."""
+    return [
+        (label(results, one.cell), seed, reason)
         for one in results.cells.values()
         for seed, reason in one.failures.items()
     ]
+
+
+def missing(results: AblationResults) -> Grid | None:
+    """Runs that failed and comparisons that could not be made, with their reasons."""
+    rows = [[cell, f"seed {seed}", reason] for cell, seed, reason in failures(results)]
     rows += [[label(results, results.cells[one.cell].cell), NAMES[one.measure], one.reason] for one in results.missing]
     return Grid("What is missing", ["cell", "of", "reason"], rows) if rows else None

@@ -226,18 +226,16 @@ def _options(row: Method, rank: int | None, values: Mapping[str, Any], files: Se
         )
     if rank is not None and "rank" in values:
         raise ConfigError("the rank is given twice, as --rank and as --opt rank", "Give it once.")
-    whole = {**values, **({"rank": rank} if rank is not None else {})}
-    asked = whole.get("rank")
-    # A number below 1 is no option, but the sentence about the ranks that there are says more.
-    given = asked if type(asked) is int else getattr(row.parse(whole), "rank", None)
+    options = row.parse({**values, **({"rank": rank} if rank is not None else {})})
+    given = getattr(options, "rank", None)
     if given is not None:
         largest = max(_largest_rank(row, name, files) for name in {name for file in files for name in file.names})
-        if not 1 <= given <= largest:
+        if given > largest:
             reason = "which is what the inputs have together" if row.within_inputs else "as modules have"
             raise ConfigError(
                 f"expected a rank from 1 to {largest}, {reason}, got {given}", "Use 'average' to keep everything."
             )
-    return row.parse(whole)
+    return options
 
 
 def _largest_rank(row: Method, name: str, files: Sequence[AdapterFile]) -> int:

@@ -111,8 +111,9 @@ def ablate(
         Console().print(tables(forecast(found, random_seeds, root)))
         return
     from seedbed.client.app import app as client_app
-    from seedbed.server.ablation.report import failures, summary, write_ablation
+    from seedbed.server.ablation.report import summary, write_ablation
     from seedbed.server.ablation.run import run_ablation
+    from seedbed.server.ablation.tables import failures
     from seedbed.server.evaluation.lm_eval_format import write_lm_eval
 
     with observer(quiet) as observe:

@@ -107,20 +107,9 @@ class Method:
             if key not in fields:
                 hint = nearest(key, fields) if fields else f"'{self.name}' has no options."
                 raise ConfigError(f"merge method '{self.name}' has no option '{key}'", hint)
-        for key, value in values.items():
-            if isinstance(value, bool) and bool not in _kinds(fields[key].annotation):
-                kinds = _type_text(fields[key].annotation)
-                raise ConfigError(
-                    f"merge method '{self.name}' option '{key}': expected {kinds}, got {_value_text(value)}",
-                    "See `seedbed merge --list`.",
-                )
-        none = {
-            key: None
-            for key, value in values.items()
-            if value == "none" and type(None) in _kinds(fields[key].annotation)  # as `option_rows` writes it
-        }
+        given = {key: self._given(key, fields[key].annotation, value) for key, value in values.items()}
         try:
-            return self.options.model_validate({**values, **none})
+            return self.options.model_validate(given)
         except ValidationError as error:
             first = error.errors()[0]
             where = f" option '{first['loc'][0]}'" if first["loc"] else ""
@@ -128,6 +117,18 @@ class Method:
             raise ConfigError(
                 f"merge method '{self.name}'{where}: {reason} (got {first['input']!r})", "See `seedbed merge --list`."
             ) from None
+
+    def _given(self, key: str, annotation: Any, value: Any) -> Any:
+        """A value as it is written: `none` as `option_rows` writes it, and true is no number."""
+        kinds = _kinds(annotation)
+        if value == "none" and type(None) in kinds:
+            return None
+        if isinstance(value, bool) and bool not in kinds:
+            raise ConfigError(
+                f"merge method '{self.name}' option '{key}': expected {_type_text(annotation)}, got {_value_text(value)}",
+                "See `seedbed merge --list`.",
+            )
+        return value
 
     def merge(
         self,

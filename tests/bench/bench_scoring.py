@@ -60,6 +60,8 @@ class Row:
     """Median over the turns of HFLM's time divided by ours."""
     ratio_low: float
     ratio_high: float
+    arithmetic: float
+    """Multiplications of HFLM divided by ours: tokens through the model's body, and rows through its vocabulary projection."""
     largest_difference: float
     """Of any log-probability."""
     greedy_differences: int
@@ -108,6 +110,24 @@ def make_items(setting: Setting, tokenizer: Any, seed: int = 0) -> list[Pair]:
     return pairs
 
 
+def multiplications(model: Any, run: Any) -> float:
+    """Of the weights, in one run: what the body reads times its size, and what the projection reads times its own."""
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(parameter.numel() for parameter in model.base_model.parameters()) - head  # the embeddings are looked up
+    tokens: list[int] = []
+    rows: list[int] = []
+    handles = [
+        model.get_input_embeddings().register_forward_hook(lambda _, args, __: tokens.append(args[0].numel())),
+        model.get_output_embeddings().register_forward_hook(lambda _, __, out: rows.append(out[..., 0].numel())),
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return float(sum(tokens) * body + sum(rows) * head)
+
+
 def timed(function: Any, *arguments: Any) -> tuple[float, list[tuple[float, bool]]]:
     start = time.perf_counter()
     result = function(*arguments)
@@ -143,6 +163,7 @@ def compare(setting: Setting, ours: Any, hflm: Any, repeats: int) -> Row:
         ratio=statistics.median(ratios),
         ratio_low=min(ratios),
         ratio_high=max(ratios),
+        arithmetic=multiplications(ours.model, theirs) / multiplications(ours.model, lambda: ours.score(pairs)),
         largest_difference=max(abs(a - b) for (a, _), (b, _) in zip(mine, reference, strict=True)),
         greedy_differences=sum(a != b for (_, a), (_, b) in zip(mine, reference, strict=True)),
     )
@@ -177,7 +198,7 @@ def main() -> None:
             f"{row.setting}: {row.ratio:.2f}x (from {row.ratio_low:.2f} to {row.ratio_high:.2f}) "
             f"as fast as HFLM at its best batch size {row.hflm_batch_size}; "
             f"{row.ours_seconds:.2f} s against {row.hflm_seconds:.2f} s for {row.requests} choices of "
-            f"{row.choice_tokens:.1f} tokens after {row.context_tokens:.0f}; "
+            f"{row.choice_tokens:.1f} tokens after {row.context_tokens:.0f}; {row.arithmetic:.2f}x as much arithmetic; "
             f"largest difference of a log-probability {row.largest_difference:.1e}",
             flush=True,
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -141,3 +143,21 @@ def test_kustomize_builds_what_the_schemas_take(folder: Path, tmp_path: Path) ->
     tool = str(Path(sys.executable).with_name("kubernetes-validate"))
     said = subprocess.run([tool, "--strict", str(file)], capture_output=True, text=True, timeout=120)
     assert said.returncode == 0, said.stdout + said.stderr
+
+
+def test_the_coordinators_keys_unpack_without_touching_the_volume_itself(tmp_path: Path) -> None:
+    """The volume belongs to root: an entry `./` in the archive would have its mode changed, which its user may not."""
+    keys, taken = tmp_path / "keys", tmp_path / "taken.tar"
+    (keys / "server").mkdir(parents=True)
+    for name in ("ca.crt", "ca.key", "server/server.crt", "server/server.key"):
+        (keys / name).write_text(name)
+    kubectl = tmp_path / "kubectl"
+    kubectl.write_text(
+        f'#!/usr/bin/env bash\nfor word; do [[ $word != --from-file=* ]] || cp "${{word#*=}}" {taken}; done\n'
+    )
+    kubectl.chmod(0o755)
+    script = DEPLOY / "kubernetes/secrets.sh"
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", str(script), "coordinator", str(keys)], env=environment, check=True, timeout=60)
+    with tarfile.open(taken) as archive:
+        assert sorted(archive.getnames()) == ["ca.crt", "server", "server/server.crt", "server/server.key"]

@@ -139,7 +139,7 @@ def test_the_result_names_its_parents_and_is_the_same_every_time(inputs: list[Pa
         ("avrage", {}, "no merge method"),
         ("average", {"rank": 4}, "does not take a rank"),
         ("svd", {"rank": 8}, "expected a rank from 1 to 7"),
-        ("svd", {"rank": 0}, "expected a rank from 1 to 7"),
+        ("svd", {"rank": 0}, "'rank': Input should be greater than or equal to 1"),
         ("average", {"weights": [1.0, 2.0]}, "expected 3 weights"),
         ("average", {"weights": [1.0, 2.0, -1.0]}, "negative"),
         ("average", {"weights": [0.0, 0.0, 0.0]}, "all weights are zero"),
