@@ -173,8 +173,8 @@ class Service:
         pause = self._backoff.after(time.monotonic() - child.started)
         self._not_before = time.monotonic() + pause
         if not self._was_ready and self.starts >= _FAILED_STARTS:
-            words = [line for line in self._last_words if line.strip()]
-            said = " ".join(words[-2:]) or f"exit code {code}"  # an error and its hint
+            words = [line.strip().rstrip(".") for line in self._last_words if line.strip()]
+            said = ". ".join(words[-2:]) or f"exit code {code}"  # an error and its hint
             raise EnvironmentFailure(f"the {self.name} cannot be started: {said[:300]}", f"See {self._log.path}.")
 
     def _hear(self, line: str) -> None:
