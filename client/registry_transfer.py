@@ -13,7 +13,7 @@ from pathlib import Path
 
 from seedbed.common.adapter_file import MANIFEST, AdapterFile
 from seedbed.common.errors import AdapterFormatError, AdapterMismatchError
-from seedbed.common.files import storing, sync_directory, write_file
+from seedbed.common.files import storing, sync_directory, temporary_beside, write_file
 from seedbed.common.manifest import Manifest
 from seedbed.common.registry import CHUNK
 from seedbed.common.storage import file_names, read_manifest, require_form
@@ -106,7 +106,11 @@ class Download:
         return self.manifest
 
     def discard(self) -> None:
-        shutil.rmtree(self._part, ignore_errors=True)
+        """Forget all of it. It goes as a whole, so that who waits for this place does not begin in what vanishes."""
+        aside = temporary_beside(self._part)
+        with storing("remove", self._part):
+            os.rename(self._part, aside)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _rehash(self) -> int:
         buffer = memoryview(bytearray(CHUNK))
@@ -126,28 +130,38 @@ def downloading(digest: str, directory: Path) -> Iterator[Download | None]:
         StorageError: if the file system refuses.
     """
     part = directory.parent / f".part-{digest}"
-    handle = _locked(part, directory)
-    if handle is None:
+    lock = _locked(part, directory)
+    if lock is None:
         yield None
         return
     try:
-        yield Download(digest, directory, handle, part)
+        with storing("write", part):
+            handle = os.open(part / "tensors", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            yield Download(digest, directory, handle, part)
+        finally:
+            os.close(handle)
     finally:
-        os.close(handle)
+        os.close(lock)
 
 
 def _locked(part: Path, directory: Path) -> int | None:
+    """The lock of a part, or None once `directory` is there.
+
+    What is locked is the manifest, empty until the end: of all files in there it alone keeps its name and its inode until the
+    part as a whole gets another name. So nobody who finds it under its name and holds it has been overtaken.
+    """
     while not directory.is_dir():
         with storing("write", part):
             part.mkdir(parents=True, exist_ok=True)
             try:
-                handle = os.open(part / "tensors", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                lock = os.open(part / MANIFEST, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except FileNotFoundError:  # renamed by whoever finished it
                 continue
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            if _is_there(handle, part / "tensors"):
-                return handle
-            os.close(handle)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_there(lock, part / MANIFEST):
+                return lock
+            os.close(lock)
     return None
 
 

@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from registry.made import BASE, MEGABYTE, large, written
 from registry.process import Local, Process
 
+from seedbed.client import registry_transfer
 from seedbed.client.registry_transfer import Outgoing
 from seedbed.common.errors import (
     AdapterFormatError,
@@ -28,6 +29,7 @@ from seedbed.common.errors import (
     StorageError,
 )
 from seedbed.common.events import Event, EventLog
+from seedbed.common.files import write_file
 from seedbed.common.registry import CHUNK
 from seedbed.common.routing import Router
 from seedbed.common.routing.router_file import read_router, write_router
@@ -443,6 +445,28 @@ def test_sixteen_at_once_all_get_it_whole(registry: Local, tmp_path: Path) -> No
 
         with ThreadPoolExecutor(16) as pool:
             assert set(pool.map(fetch, range(16))) == {digest}
+
+
+def test_who_comes_while_another_finishes_begins_anew_and_not_in_what_the_other_made(
+    registry: Local, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finishing = threading.Event()
+
+    def slowly(path: Path, data: bytes) -> None:
+        finishing.set()
+        time.sleep(0.2)
+        write_file(path, data)
+
+    monkeypatch.setattr(registry_transfer, "write_file", slowly)
+    with registry.client() as client, ThreadPoolExecutor(2) as pool:
+        digest = client.submit(written(tmp_path / "a"))
+        first = pool.submit(client.fetch, digest, tmp_path / "into/b")
+        assert finishing.wait(30)
+        second = pool.submit(client.fetch, digest, tmp_path / "into/c")
+        assert first.result().digest == second.result().digest == digest
+    assert sorted(os.listdir(tmp_path / "into")) == ["b", "c"]
+    for name in "bc":
+        assert sorted(os.listdir(tmp_path / "into" / name)) == sorted(os.listdir(tmp_path / "a"))
 
 
 def test_two_that_fetch_to_one_place_share_the_work(registry: Local, tmp_path: Path) -> None:
