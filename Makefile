@@ -1,6 +1,7 @@
 # `make demo` runs the embedded federation, `make test` passes the tests; both set up what they need in .venv.
 PYTHON ?= python3
 WORKERS ?= 2
+RERUNS ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := common server client tests
@@ -12,8 +13,11 @@ demo: $(VENV)/.run
 	$(BIN)/seedbed simulate embedded --out runs/demo --resume
 
 # Two files of tests at a time with a thread each: most of a federation is waiting. WORKERS=0 runs them in one process.
+# Hundreds of them start real processes and wait for them, on a machine that may have other work: what fails is tried once more,
+# and is named at the end even if it passes then. RERUNS=0 is strict.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+		--reruns $(RERUNS) -r aR
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check $(SOURCES)

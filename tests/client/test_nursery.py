@@ -114,7 +114,7 @@ def test_a_nursery_that_was_killed_is_replaced(spec: Make, tmp_path: Path) -> No
     run(spec("one"), log=tmp_path / "one.log", warm=True)
     launch._kept[-1]._process.kill()
     launch._kept[-1]._process.wait()
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while launch._kept[-1].alive and time.monotonic() < until:
         time.sleep(0.01)
     assert run(spec("two"), log=tmp_path / "two.log", warm=True).directory.is_dir()
@@ -135,7 +135,7 @@ def test_what_a_forked_worker_prints_is_in_its_own_log(tmp_path: Path) -> None:
         worker = nursery.start(tmp_path / "no-such-spec.json", os.environ, log)
         assert worker.stdout is not None
         told = json.loads(worker.stdout.readline())
-        assert worker.wait(20) != 0
+        assert worker.wait(60) != 0
     nursery.close()
     assert told["event"] == "error"
     assert "no-such-spec.json" in told["message"]
@@ -166,7 +166,7 @@ def test_nothing_outlives_a_client_that_is_killed(spec: Make, tmp_path: Path, nu
     assert len(family) == 2, "a nursery and a worker"
     os.kill(client.pid, number)
     client.wait()
-    _, left = psutil.wait_procs(family, timeout=20)
+    _, left = psutil.wait_procs(family, timeout=60)
     assert left == []
 
 

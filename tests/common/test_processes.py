@@ -71,7 +71,7 @@ def test_a_child_that_ends_takes_what_it_started_with_it(mark: str) -> None:
     assert until(lambda: "ready" in lines)
     leader = min(child.descendants(), key=lambda process: process.pid)
     leader.kill()
-    assert child.wait(20) == 128 + signal.SIGKILL
+    assert child.wait(60) == 128 + signal.SIGKILL
     assert until(lambda: not marked(mark))
 
 
@@ -112,7 +112,7 @@ def test_a_scratch_directory_goes_with_the_child_that_it_was_made_for(tmp_path: 
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     child = Child("brief", ["sleep", "0"], scratch=scratch)
-    assert child.wait(20) == 0
+    assert child.wait(60) == 0
     assert not scratch.exists()
     assert tmp_path.exists()
 
@@ -140,7 +140,7 @@ def test_a_child_that_listens_ends_with_its_own_code() -> None:
 def test_a_command_that_is_not_there_says_so(tmp_path: Path) -> None:
     log = RotatingLog(tmp_path / "log")
     child = Child("nothing", ["no-such-program-anywhere"], log=log)
-    assert child.wait(20) == 127
+    assert child.wait(60) == 127
     child.kill()
     assert "no-such-program-anywhere cannot be started" in log.path.read_text().splitlines()[-1]
 
@@ -148,7 +148,7 @@ def test_a_command_that_is_not_there_says_so(tmp_path: Path) -> None:
 def test_what_a_child_prints_stands_in_the_log_with_time_and_name_and_without_colours(tmp_path: Path) -> None:
     log = RotatingLog(tmp_path / "logs" / "all.log")
     child = Child("painter", [sys.executable, "-c", r"print('\x1b[92mgreen\x1b[0m grass')"], log=log)
-    assert child.wait(20) == 0
+    assert child.wait(60) == 0
     child.kill()
     (line,) = log.path.read_text().splitlines()
     said = json.loads(line)

@@ -78,7 +78,7 @@ def tell(layout: Layout) -> Story:
     story.codes = layout.end()
     story.said_without_the_cable = layout.said(CUT_OFF)
     hosts = {"coordinator": layout.coordinator, **layout.hosts}
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while any(host.processes() for host in hosts.values()) and time.monotonic() < end:
         time.sleep(0.1)
     story.left = {name: host.processes() for name, host in hosts.items()}
