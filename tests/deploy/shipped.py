@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +31,11 @@ class Command:
 
     def __str__(self) -> str:
         return f"{self.where}: seedbed {' '.join(self.words)}"
+
+
+def tool(name: str) -> str | None:
+    """Where a program is: one that this environment's packages brought, or the machine's own."""
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
 def documents(path: Path) -> list[dict[str, Any]]:

