@@ -103,6 +103,7 @@ class Nursery:
                 ready = self._changed.wait_for(lambda: self._started or self._gone, _START_SECONDS)
                 if not ready or self._gone:
                     self._gone = True  # one that does not answer is not asked again
+                    self._process.kill()
                     raise OSError
                 pid = self._started.pop()
         except OSError:
@@ -137,6 +138,7 @@ class Nursery:
                 told = json.loads(data)
                 with self._changed:
                     if "started" in told:
+                        self._codes.pop(told["started"], None)  # the number was another's, once
                         self._started.append(told["started"])
                     else:
                         self._codes[told["ended"]] = told["code"]

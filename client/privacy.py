@@ -8,6 +8,7 @@ Every release is written into the participant's own ledger before it exists, so 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import hmac
 import json
@@ -120,15 +121,23 @@ def _counted(ledger: Path | None, recipe: str, multiplier: float) -> list[float]
     """Enter a release, and return the multipliers of all, with it."""
     if ledger is None:
         return [multiplier]
-    line = json.dumps({"recipe": recipe, "noise_multiplier": multiplier}) + "\n"
+    line = json.dumps({"recipe": recipe, "noise_multiplier": multiplier}).encode() + b"\n"
     with storing("write", ledger):
         ledger.parent.mkdir(parents=True, exist_ok=True)
-        with ledger.open("a", encoding="utf-8") as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-    with storing("read", ledger):
-        lines = ledger.read_text(encoding="utf-8").splitlines()
+        with ledger.open("a+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # another job of this participant may release something, too
+            file.seek(0)
+            known = file.read()
+            end = known.rfind(b"\n") + 1
+            file.truncate(end)  # what a crash or a full disk has torn was never released
+            lines = [*known[:end].splitlines(), line]
+            try:
+                while line:
+                    line = line[file.write(line) :]
+                os.fsync(file)
+            except OSError:
+                file.truncate(end)
+                raise
     try:
         return [float(json.loads(line)["noise_multiplier"]) for line in lines if line.strip()]
     except (ValueError, KeyError, TypeError):

@@ -308,7 +308,8 @@ class RegistryClient:
                     watchdog.allow(_EXAMINING)
 
         call = self._stub.Submit.future(outgoing.requests(offset, sent), metadata=self._metadata)
-        with Watchdog(call, self._deadline) as watchdog:
+        # Before it goes on from an offset, the registry reads again what it has.
+        with Watchdog(call, _EXAMINING if offset else self._deadline) as watchdog:
             watchdogs.append(watchdog)
             return bool(call.result().holding.complete)
 

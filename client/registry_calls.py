@@ -14,6 +14,7 @@ import grpc
 
 from seedbed.common.errors import EnvironmentFailure, SeedbedError
 from seedbed.common.files import storing
+from seedbed.common.hosts import is_loopback
 from seedbed.common.registry import CHUNK, ERROR_KEY, HINT_KEY, MESSAGE_LIMIT, RegistryAccess
 
 _FIRST, _LONGEST = 0.1, 10.0
@@ -49,6 +50,7 @@ def open_channel(access: RegistryAccess) -> grpc.Channel:
         ("grpc.max_reconnect_backoff_ms", 5_000),
         ("grpc.enable_retries", 0),
         ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_http_proxy", int(not is_loopback(access.address.rpartition(":")[0]))),
     )
     if access.ca is None:
         return grpc.insecure_channel(access.address, options)
@@ -57,17 +59,17 @@ def open_channel(access: RegistryAccess) -> grpc.Channel:
 
 
 class Patience:
-    """Waits longer and longer between tries, and gives up when nothing has got on for `seconds`."""
+    """Waits longer and longer between tries, and gives up when nothing has got on for `seconds` since the first failure."""
 
     def __init__(self, address: str, seconds: float) -> None:
         self._address = address
         self._seconds = seconds
         self._tries = 0
-        self._since = time.monotonic()
+        self._since: float | None = None
 
     def progress(self) -> None:
         """Something has got on: begin to count anew."""
-        self._tries, self._since = 0, time.monotonic()
+        self._tries, self._since = 0, None
 
     def wait(self, error: grpc.RpcError | str) -> None:
         """Back off after a failed try.
@@ -77,6 +79,8 @@ class Patience:
             EnvironmentFailure: if patience is at its end.
         """
         reason = error if isinstance(error, str) else _reason(error, self._address)
+        if self._since is None:
+            self._since = time.monotonic()
         left = self._seconds - (time.monotonic() - self._since)
         # Full jitter: many that lost one registry do not all come back at once.
         pause = random.uniform(0, min(_LONGEST, _FIRST * 2 ** min(self._tries, 20)))

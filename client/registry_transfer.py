@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,7 +100,9 @@ class Download:
             write_file(self._part / MANIFEST, self.manifest.canonical())
             require_form(self._part, self.manifest.kind)
             sync_directory(self._part)
-            if not self._directory.is_dir():
+            if self._directory.is_dir():  # it came another way
+                self.discard()
+            else:
                 os.rename(self._part, self._directory)
             sync_directory(self._directory.parent)
         return self.manifest
@@ -153,7 +155,9 @@ def _locked(part: Path, directory: Path) -> int | None:
     """
     while not directory.is_dir():
         with storing("write", part):
-            part.mkdir(parents=True, exist_ok=True)
+            part.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):  # with exist_ok it fails on one that gets its other name meanwhile
+                part.mkdir()
             try:
                 lock = os.open(part / MANIFEST, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             except FileNotFoundError:  # renamed by whoever finished it

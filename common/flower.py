@@ -16,17 +16,21 @@ def flower_environment(home: Path, *direct: str) -> dict[str, str]:
         home: where Flower keeps what it has.
         direct: hosts beyond this machine that are reached without a proxy, too.
     """
-    # Programs read either spelling of the one variable, and some that in small letters first.
-    spared = [host for name in ("NO_PROXY", "no_proxy") for host in os.environ.get(name, "").split(",") if host]
-    hosts = ",".join(dict.fromkeys((*_LOCAL, *direct, *spared)))
     return {
         "PATH": scripts_first(os.environ.get("PATH", os.defpath)),
-        "NO_PROXY": hosts,
-        "no_proxy": hosts,
+        **without_proxy(*direct),
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
     }
+
+
+def without_proxy(*direct: str) -> dict[str, str]:
+    """Variables under which programs reach this machine, and hosts, without a proxy; what is spared already stays so."""
+    # Programs read either spelling of the one variable, and some that in small letters first.
+    spared = [host for name in ("NO_PROXY", "no_proxy") for host in os.environ.get(name, "").split(",") if host]
+    hosts = ",".join(dict.fromkeys((*_LOCAL, *direct, *spared)))
+    return {"NO_PROXY": hosts, "no_proxy": hosts}
 
 
 def scripts_first(path: str) -> str:

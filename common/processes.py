@@ -214,8 +214,15 @@ class Backoff:
         return float(min(self.longest, self.first * 2 ** min(self.failures - 1, 30)))
 
 
+def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
+    """Different TCP ports that nobody listens on just now."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind((host, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """A TCP port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1, host)[0]

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 CHECK_SECONDS, PATIENCE = 10.0, 120.0
 """How often a process that serves is asked whether it lives, and how long it may leave that unanswered."""
+START_SECONDS = 600.0
+"""How long it may take until it serves: imports alone take minutes on a busy machine."""
 
 
 class Watch:
@@ -24,15 +26,16 @@ class Watch:
         self._asking: threading.Thread | None = None
         self.begin()
 
-    def begin(self) -> None:
-        """It was started just now."""
-        self._answered = self._asked = self._called = time.monotonic()
+    def begin(self, allowance: float = 0.0) -> None:
+        """It was started just now, and may take `allowance` seconds more until its first answer."""
+        self._asked = self._called = time.monotonic()
+        self._answered = self._asked + allowance
 
     def hangs(self) -> bool:
         """To be called about every second, or more often."""
         now = time.monotonic()
         if now - self._called > self._patience / 2:  # it was us who stood still
-            self.begin()
+            self._asked, self._answered = now, max(now, self._answered)
         self._called = now
         idle = self._asking is None or not self._asking.is_alive()
         if idle and now - self._asked >= self._check:

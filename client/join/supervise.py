@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 
 from seedbed.common.processes import Backoff, Child, RotatingLog, free_port
-from seedbed.common.watch import Watch
+from seedbed.common.watch import START_SECONDS, Watch
 
 _GRACE = 8.0
 """Seconds that a SuperNode gets to take its leave of the coordinator."""
@@ -77,7 +77,7 @@ class Supervisor:
             on_line=self._on_line,
             environment=self._environment,
         )
-        self._watch.begin()
+        self._watch.begin(START_SECONDS)
 
     def _answers(self) -> bool:
         try:

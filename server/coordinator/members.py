@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from seedbed.common.errors import ConfigError, EnvironmentFailure, SeedbedError
 from seedbed.server.coordinator.control import SuperLinkControl
 
 _GONE = "unregistered"
+_RENAMING_SECONDS = 0.2
 
 
 class Members:
@@ -30,7 +32,10 @@ class Members:
     def synchronize(self) -> None:
         """Register and unregister what has changed in the directory. Trouble is said once, and tried again."""
         try:
-            wanted = {name: pem(path) for name, path in self._node_keys().items()}
+            wanted = self._wanted()
+            if self._known and self._known.keys() - wanted.keys():  # or its folder is being replaced just now
+                time.sleep(_RENAMING_SECONDS)
+                wanted = self._wanted()
             if wanted != self._known:
                 self._apply(wanted)
                 self._known = wanted
@@ -40,6 +45,9 @@ class Members:
             if told != self._complaint:
                 self._say(f"the keys directory cannot be followed: {told}")
             self._complaint = told
+
+    def _wanted(self) -> dict[str, bytes]:
+        return {name: pem(path) for name, path in self._node_keys().items()}
 
     def _apply(self, wanted: dict[str, bytes]) -> None:
         inside = {node.public_key: node.node_id for node in self.control.nodes() if node.status != _GONE}

@@ -13,7 +13,7 @@ from seedbed.common.errors import EnvironmentFailure
 from seedbed.common.flower import flower_environment
 from seedbed.common.hosts import host_port
 from seedbed.common.processes import Backoff, Child, RotatingLog
-from seedbed.common.watch import CHECK_SECONDS, PATIENCE, Watch
+from seedbed.common.watch import CHECK_SECONDS, PATIENCE, START_SECONDS, Watch
 
 _FAILED_STARTS = 4
 """So many ends before it was ever ready, and it is given up."""
@@ -135,6 +135,9 @@ class Service:
         """
         if self.child is not None and self._listening and self._watch is not None and self._watch.hangs():
             self._log.write("coordinator", f"{self.name} does not answer: it is ended")
+            self.child.kill()
+        if self.child is not None and not self._listening and time.monotonic() - self.child.started > START_SECONDS:
+            self._log.write("coordinator", f"{self.name} does not begin to serve: it is ended")
             self.child.kill()
         if self.child is not None and self.child.poll() is not None:
             self._bury(self.child)

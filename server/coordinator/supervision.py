@@ -97,8 +97,14 @@ class Submission:
         self._name = f"{self.number}-{uuid.uuid4().hex}"
         atomic_write(self.root / WANTED, self._name.encode())
         settings = {**self._settings, "seedbed-submission": self._name}
-        self._run = self.control.start(self._app, settings)
         self._generation = self.superlink.starts
+        self._submitted = time.monotonic()
+        try:
+            self._run = self.control.start(self._app, settings)
+        except (
+            EnvironmentFailure
+        ) as error:  # one whose answer alone was lost is not wanted any more, and ends by itself
+            return self._lost(f"it could not be submitted: {error.message}")
         self._submitted = self._looked = self._asked = time.monotonic()
         self._ended = False
         self._log.write("coordinator", f"submitted the run ({self.number}) as Flower's run {self._run}")

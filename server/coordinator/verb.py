@@ -20,9 +20,10 @@ from seedbed.common.config_file import load_config
 from seedbed.common.errors import ConfigError, ResumeError, SeedbedError
 from seedbed.common.events import EventLog
 from seedbed.common.exclusive import take_lock
+from seedbed.common.flower import without_proxy
 from seedbed.common.hosts import GATEWAY_PORT, host_port, is_loopback
 from seedbed.common.manifest import BaseIdentity
-from seedbed.common.processes import RotatingLog, free_port
+from seedbed.common.processes import RotatingLog, free_ports
 from seedbed.server.candidates import resolve
 from seedbed.server.conductor import open_setting
 from seedbed.server.contributions import state_of
@@ -63,6 +64,7 @@ def run_coordinator(request: CoordinatorRequest, console: Console, observe: Obse
     observe = observe or Silent()
     config = deployable(load_config(request.source, request.overrides), observe.note)
     root = (request.out or Path("runs") / config.name).resolve()
+    os.environ.update(without_proxy())  # what it starts is asked over loopback
     with _alone(root), _signals(_interrupt):
         _prepare(request, config, root)
         supervisor = _supervisor(request, root, console, observe)
@@ -127,15 +129,16 @@ def _prepare(request: CoordinatorRequest, config: FederationConfig, root: Path) 
 def _supervisor(request: CoordinatorRequest, root: Path, console: Console, observe: Observer) -> Supervisor:
     keys = request.keys.resolve() if request.keys is not None else None
     limits = (("--max-upload", request.max_upload), ("--quota-participant", request.quota))
+    superlink_port, health_port, registry_port = free_ports(3)
     layout = Layout(
         root,
         request.host,
-        free_port(),
+        superlink_port,
         keys,
         request.insecure,
         tuple(word for option, size in limits if size for word in (option, str(size * 1_000_000))),
         request.advertise_registry,
-        health_port=free_port(),
+        health_port=health_port,
     )
     layout.directory.mkdir(exist_ok=True)
     log = RotatingLog(root / "logs" / "coordinator.log")
@@ -153,7 +156,7 @@ def _supervisor(request: CoordinatorRequest, root: Path, console: Console, obser
     registry = Service(
         "registry",
         layout.registry_command,
-        request.registry_port or free_port(),
+        request.registry_port or registry_port,
         log,
         environment,
         alive=lambda: registry_lives(layout.health_port),

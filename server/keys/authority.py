@@ -126,6 +126,10 @@ class Authority:
                 raise ConfigError(
                     f"there is already a participant '{name}'", f"Renew its keys: seedbed keys rotate DIR {name}."
                 )
+            if (
+                known is not None
+            ):  # with a new certificate its old node key would count again, until the folder is replaced
+                shutil.rmtree(known.folder, ignore_errors=True)
             return self._hand_out(name, days, make_node_key())
 
     def rotate(
@@ -271,12 +275,13 @@ def _replaced(path: Path) -> Iterator[Path]:
         with _folder(fresh) as aside:
             yield aside
         with storing("write", path):
-            if path.exists():
-                os.rename(path, old)
             try:
+                if path.exists():
+                    os.rename(path, old)
                 os.rename(fresh, path)
-            except OSError:
-                os.rename(old, path)
+            except BaseException:
+                if old.exists() and not path.exists():
+                    os.rename(old, path)
                 raise
             sync_directory(path.parent)
     finally:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,16 @@ def run_spec(spec: TrainSpec, events: list[dict[str, Any]], kill_at: int | None 
     spec.output.parent.mkdir(exist_ok=True)
     log = spec.output.with_name("log")
 
+    victims: list[psutil.Process] = []
+
     def on_event(event: dict[str, Any]) -> None:
         events.append(event)
+        if kill_at is not None and event["event"] == "start":
+            victims.extend(workers(log))  # now: they need not be looked for later
         if kill_at is not None and event["event"] == "step" and event["step"] >= kill_at:
-            for process in workers(log):
-                process.send_signal(signal.SIGKILL)
+            for process in [*victims, *workers(log)]:
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGKILL)
 
     return run(spec, on_event=on_event, deadline=300, log=log)
 

@@ -34,7 +34,7 @@ class Kept:
         self.supervisor = Supervisor(
             lambda port: [sys.executable, "-c", ANSWERS, str(port)], {}, log, lambda line: self.said.append(line)
         )
-        self.supervisor._watch = Watch(self.supervisor._answers, check=0.1, patience=3.0)
+        self.supervisor._watch = Watch(self.supervisor._answers, check=0.1, patience=6.0)
 
     def until(self, condition: Callable[[], bool], seconds: float = 60.0) -> bool:
         end = time.monotonic() + seconds
@@ -69,7 +69,7 @@ def test_one_that_is_killed_is_started_again_and_its_exit_code_told(kept: Kept) 
 
 def test_one_that_answers_stays_and_one_that_hangs_is_started_again(kept: Kept) -> None:
     assert kept.until(lambda: kept.starts() == 1)
-    assert not kept.until(lambda: kept.starts() > 1, 5.0), "it answers"
+    assert not kept.until(lambda: kept.starts() > 1, 8.0), "it answers"
     kept.process().suspend()
     assert kept.until(lambda: kept.starts() == 2)
 

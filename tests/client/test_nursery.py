@@ -86,6 +86,14 @@ def test_one_nursery_serves_all_jobs_of_a_client(spec: Make, tmp_path: Path) -> 
     assert forked() == []
 
 
+def test_a_process_number_that_a_finished_job_had_before_does_not_end_the_next_job(spec: Make, tmp_path: Path) -> None:
+    run(spec("one"), log=tmp_path / "one.log", warm=True)
+    codes = launch._kept[-1]._codes
+    (last,) = codes
+    codes.update(dict.fromkeys(range(last, last + 20_000), 0))  # as after many jobs, once numbers begin anew
+    assert run(spec("two"), log=tmp_path / "two.log", warm=True).directory.is_dir()
+
+
 def test_an_error_of_a_forked_worker_arrives_as_what_it_is(spec: Make, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": 1}\n')
     bad = DataSource(task="bad", location=str(tmp_path / "bad.jsonl"))

@@ -84,6 +84,16 @@ def test_releases_add_up_and_a_result_that_is_held_is_not_released_again(node: N
     assert [line["recipe"] for line in lines] == [job().recipe, job(data_seed=1).recipe]
 
 
+def test_a_release_that_a_full_disk_has_torn_counts_for_nothing_and_harms_no_later_one(node: Node) -> None:
+    node.work.mkdir(parents=True)
+    ledger = node.work / "privacy.jsonl"
+    ledger.write_text('{"recipe": "a", "noise_multiplier": 4.0}\n{"recipe": "b", "noise_mul')
+    done = perform(job(), node)
+    assert done.manifest is not None
+    assert done.manifest.settings["privacy"]["releases"] == 2
+    assert [json.loads(line)["recipe"] for line in ledger.read_text().splitlines()] == ["a", job().recipe]
+
+
 def test_the_same_job_done_again_has_other_noise_unless_a_test_asks_for_the_same(node: Node, tmp_path: Path) -> None:
     def digest(place: str, privacy: PrivacySettings) -> str:
         places = {"store": tmp_path / place / "s", "work": tmp_path / place / "w", "privacy": privacy}

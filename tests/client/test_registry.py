@@ -166,6 +166,21 @@ def test_a_closed_client_says_so(registry: Local) -> None:
         client.manifests()
 
 
+def test_a_proxy_of_the_environment_is_not_asked_for_loopback(registry: Local, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "no_grpc_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with registry.client() as client:
+        assert client.manifests() == []
+
+
+def test_patience_begins_with_the_first_failure_however_long_the_call_took() -> None:
+    patience = Patience("here:1", 0.2)
+    time.sleep(0.3)
+    patience.wait("a line was cut")
+
+
 def test_patience_begins_anew_when_something_gets_on() -> None:
     patience = Patience("here:1", 0.2)
     for _ in range(3):

@@ -31,7 +31,7 @@ def reason_not_to() -> str:
         return "network namespaces need iproute2"
     try:
         with Network() as network:
-            network.host()
+            network.host().run(["true"]).check_returncode()
     except (subprocess.CalledProcessError, OSError) as error:
         said = getattr(error, "stderr", "") or str(error)
         return f"network namespaces are not permitted here: {str(said).strip()}"

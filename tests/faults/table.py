@@ -187,10 +187,11 @@ def _load(store: Path) -> dict[Cell, Outcome]:
 
 
 def _save(store: Path, found: dict[Cell, Outcome]) -> None:
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    told = {"commit": commit.stdout.strip(), "cells": {str(cell): asdict(outcome) for cell, outcome in found.items()}}
+    commit = ""
+    with contextlib.suppress(OSError):  # no git
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    told = {"commit": commit, "cells": {str(cell): asdict(outcome) for cell, outcome in found.items()}}
     aside = store.with_suffix(".new")
     aside.write_text(json.dumps(told, indent=1) + "\n")
     aside.replace(store)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import clock
 import pytest
 from faults import ALL, KINDS, POSSIBLE, STAGES, TARGETS, Cell
-from journey import Journey, in_order, undisturbed
+from journey import Journey, Outcome, in_order, undisturbed
 
+_TRIES = 3
 JOURNEYS: list[dict[Cell, set[str]]] = [
     {
         Cell("training", "kill -9", "seed"): {"survived"},
@@ -31,12 +33,19 @@ def digests(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return undisturbed(tmp_path_factory.mktemp("undisturbed") / "logs")
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("expected", JOURNEYS, ids=lambda expected: " ".join(map(str, expected)).replace(" ", "-"))
 def test_a_federation_that_is_hit_ends_with_the_digests_of_an_undisturbed_one(
     expected: dict[Cell, set[str]], digests: dict[str, str], tmp_path: Path
 ) -> None:
     cells = [cell for cell in expected if cell.kind != "clock skew" or not clock.reason_not_to()]
-    outcomes = Journey(in_order(cells), digests, tmp_path / "logs").run()
+    if len(cells) < len(expected):
+        warnings.warn(f"no clock is skewed here: {clock.reason_not_to()}", stacklevel=1)
+    outcomes: dict[Cell, Outcome] = {}
+    for attempt in range(_TRIES):  # a stage may be over before its fault comes
+        missing = [cell for cell in cells if cell not in outcomes]
+        if missing:
+            outcomes |= Journey(in_order(missing), digests, tmp_path / f"logs-{attempt}").run()
     for cell in cells:
         assert cell in outcomes, f"{cell} was not done: {outcomes}"
         assert outcomes[cell].verdict in expected[cell], f"{cell}: {outcomes[cell]}"

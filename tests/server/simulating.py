@@ -46,4 +46,12 @@ def left_of(out: Path, below: list[psutil.Process]) -> list[psutil.Process]:
     """What of a run, or of the processes that were below it, is there after 15 seconds."""
     psutil.wait_procs(below, timeout=15)
     wait_until(lambda: not processes_of(out), 5)
-    return processes_of(out) + [process for process in below if process.is_running()]
+    return processes_of(out) + [process for process in below if _runs(process)]
+
+
+def _runs(process: psutil.Process) -> bool:
+    """Whether it runs; one that has ended and that nobody has asked for does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False

@@ -376,7 +376,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(data: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200));"
         "from seedbed.server.cli import main; sys.argv = ['seedbed', *sys.argv[1:]]; main()"
     )
-    outcome = in_a_process(script, "merge", "a", "b", "--out", "merged", cwd=_two_adapters(data.parent))
+    # Or Python would keep its compiled modules of 200 bytes, too.
+    environment = {"PYTHONDONTWRITEBYTECODE": "1"}
+    outcome = in_a_process(script, "merge", "a", "b", "--out", "merged", cwd=_two_adapters(data.parent), **environment)
     assert_refused(outcome, 7, "cannot write")
     assert {entry.name for entry in (data.parent / "pair").iterdir()} == {"a", "b"}
 

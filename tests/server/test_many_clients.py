@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.timeout(1800)
 SETTINGS = (
     "name=many",
     "tasks.held_out=[]",
@@ -21,6 +22,7 @@ SETTINGS = (
     "evaluation.limit=1",
     "evaluation.drift=false",
     "combine.candidates=[base, average]",
+    "run.workers=2",
 )
 
 

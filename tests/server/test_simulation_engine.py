@@ -78,7 +78,7 @@ def federate(tmp_path: Path, behaviour: Mapping[str, str], quorum: float) -> tup
             "lora": {"rank": 1, "alpha": 1},
             "seed": {"mode": "none"},
             "combine": {"candidates": ["experts", "average"]},
-            "stages": {"deadline": 60, "quorum": quorum},
+            "stages": {"deadline": 150, "quorum": quorum},
         }
     )
     run = RunDirectory.open(tmp_path / "run", config, {}, resume=False)

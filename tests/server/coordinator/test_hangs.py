@@ -14,6 +14,7 @@ import pytest
 
 from seedbed.common.processes import RotatingLog, free_port
 from seedbed.common.watch import Watch
+from seedbed.server.coordinator import services
 from seedbed.server.coordinator.pulse import gateway_lives, registry_lives
 from seedbed.server.coordinator.services import Service
 
@@ -56,6 +57,27 @@ def test_a_service_that_does_not_answer_any_more_is_started_again(tmp_path: Path
         one.stop(1)
 
 
+def test_a_service_that_never_begins_to_serve_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(services, "START_SECONDS", 0.5)
+    silent = [sys.executable, "-c", "import time; time.sleep(300)"]
+    one = Service("tester", lambda port: silent, 0, RotatingLog(tmp_path / "log"), {})
+    try:
+        assert until(lambda: one.tick() or one.starts == 2)
+    finally:
+        one.stop(1)
+
+
+def test_who_was_just_started_may_take_its_time_until_its_first_answer_and_no_longer_after() -> None:
+    answers: list[bool] = []
+    watch = Watch(lambda: bool(answers), check=0.05, patience=0.4)
+    watch.begin(allowance=600.0)
+    assert not until(watch.hangs, 1.0)
+    answers.append(True)
+    assert not until(watch.hangs, 1.0)
+    answers.clear()
+    assert until(watch.hangs)
+
+
 def test_whoever_asks_and_stood_still_itself_does_not_call_the_other_hung() -> None:
     watch = Watch(lambda: True, check=0.1, patience=0.3)
     assert not watch.hangs()
@@ -84,7 +106,7 @@ def test_a_stopped_process_does_not_live_though_its_port_is_open(tmp_path: Path,
     try:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["event"] == "listening"
-        assert lives(), "what stands behind a gateway may be away: it lives all the same"
+        assert until(lives), "what stands behind a gateway may be away: it lives all the same"
         psutil.Process(process.pid).suspend()
         assert not lives()
         psutil.Process(process.pid).resume()

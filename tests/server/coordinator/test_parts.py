@@ -184,6 +184,17 @@ def test_nodes_follow_the_keys_directory(tmp_path: Path) -> None:
     assert said[-1] == "alice was shut out for good: it needs new keys"
 
 
+def test_who_is_missing_only_while_its_folder_is_replaced_stays_inside(tmp_path: Path) -> None:
+    _public_key(tmp_path / "alice")
+    looks = iter([True, False, True])  # the second falls between the two renames of a rotation
+    register, said = Register(), list[str]()
+    members = Members(register, lambda: {"alice": tmp_path / "alice"} if next(looks) else {}, said.append)  # type: ignore[arg-type]
+    members.synchronize()
+    members.synchronize()
+    assert said == ["alice may join"]
+    assert register.inside == 1
+
+
 def test_a_keys_directory_that_cannot_be_read_is_said_once_and_looked_at_again(tmp_path: Path) -> None:
     (tmp_path / "alice").write_text("no key")
     register, said = Register(), list[str]()
@@ -237,3 +248,26 @@ def _look_after(run: supervision.Submission) -> None:
     while time.monotonic() < end:
         run.tick()
         time.sleep(0.01)
+
+
+def test_a_submission_that_the_superlink_does_not_answer_is_made_again_and_not_for_ever(tmp_path: Path) -> None:
+    class Deaf(Refusing):
+        def start(self, app: Path, settings: object) -> int:
+            if super().start(app, settings) <= 2:
+                raise EnvironmentFailure("the SuperLink does not answer")
+            return self.started
+
+        def status(self, run: int) -> tuple[str, str]:
+            return "running", ""
+
+    control, log = Deaf(), RotatingLog(tmp_path / "log")
+    run = supervision.Submission(tmp_path, control, service(tmp_path, ""), tmp_path, {}, log)  # type: ignore[arg-type]
+    run._backoff.first = 0.01
+    while run._run is None:
+        run.tick()
+        time.sleep(0.01)
+    assert control.started == run.number == 3
+    control.started = -100
+    run.again()
+    with pytest.raises(EnvironmentFailure, match="could not be submitted: the SuperLink does not answer"):
+        _look_after(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -221,3 +222,37 @@ def test_a_key_that_is_not_the_authoritys_cannot_sign(keys: Path, tmp_path: Path
     (keys / "ca.key").write_bytes((tmp_path / "other/ca.key").read_bytes())
     with pytest.raises(ConfigError, match=r"is not the key of ca\.crt"):
         Authority.load(keys)
+
+
+def test_a_revoked_name_that_could_not_be_given_again_is_not_let_in_with_its_old_node_key(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = Authority.load(keys)
+    authority.participant("alice")
+    authority.revoke("alice")
+
+    def full(path: Path, data: bytes, *, private: bool = False) -> None:
+        raise StorageError(f"cannot write {path}: no space is left on the device")
+
+    monkeypatch.setattr("seedbed.server.keys.authority.write_file", full)
+    with pytest.raises(StorageError, match="no space is left"):
+        authority.participant("alice")
+    assert node_keys(keys) == {}
+
+
+def test_a_rotation_that_is_interrupted_between_two_renames_leaves_the_old_folder(
+    keys: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority, rename = Authority.load(keys), os.rename
+    before = (keys / "server/server.crt").read_bytes()
+
+    def interrupted(source: Path, target: Path) -> None:
+        if target == keys / "server":
+            monkeypatch.setattr("os.rename", rename)
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        authority.rotate("server")
+    assert (keys / "server/server.crt").read_bytes() == before
