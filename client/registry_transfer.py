@@ -110,9 +110,9 @@ class Download:
     def discard(self) -> None:
         """Forget all of it. It goes as a whole, so that who waits for this place does not begin in what vanishes."""
         aside = temporary_beside(self._part)
-        with storing("remove", self._part):
+        with suppress(OSError):  # it is done after an error that says more
             os.rename(self._part, aside)
-        shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
 
     def _rehash(self) -> int:
         buffer = memoryview(bytearray(CHUNK))

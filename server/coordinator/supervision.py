@@ -101,9 +101,8 @@ class Submission:
         self._submitted = time.monotonic()
         try:
             self._run = self.control.start(self._app, settings)
-        except (
-            EnvironmentFailure
-        ) as error:  # one whose answer alone was lost is not wanted any more, and ends by itself
+        except EnvironmentFailure as error:
+            # A run whose answer alone was lost is not wanted any more, and ends by itself.
             return self._lost(f"it could not be submitted: {error.message}")
         self._submitted = self._looked = self._asked = time.monotonic()
         self._ended = False

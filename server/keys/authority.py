@@ -126,9 +126,8 @@ class Authority:
                 raise ConfigError(
                     f"there is already a participant '{name}'", f"Renew its keys: seedbed keys rotate DIR {name}."
                 )
-            if (
-                known is not None
-            ):  # with a new certificate its old node key would count again, until the folder is replaced
+            if known is not None:
+                # With a new certificate its old node key would count again, until the folder is replaced.
                 shutil.rmtree(known.folder, ignore_errors=True)
             return self._hand_out(name, days, make_node_key())
 
